@@ -1,0 +1,148 @@
+"""attend(q, k, v, method): a method's layout, an executor, and back to token order."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from methods.blockwise import blockwise
+from methods.method import DTYPES, Layout, Method, Problem, ScoreMod
+from methods.presets import resolve
+
+Executor = Callable[[Layout], tuple[Tensor, Tensor | None]]
+Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+EXECUTORS = ("flex", "eager", "blockwise")
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_serial = itertools.count()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    method: str | Method = "spattention",
+    causal: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Sparse attention by any method of the suite.
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D]; Hq is a multiple of Hkv.
+        method: a name in METHODS or a Method.
+        causal: whether query i sees only keys j <= i.
+        backend: "flex" (compiled FlexAttention), "eager" (FlexAttention uncompiled, N x N scores),
+            "blockwise" (plain PyTorch, any device, float64, both passes) or "auto": flex, but
+            blockwise on a CPU where a gradient is asked for, and for float64 everywhere.
+
+    Returns:
+        [B, Hq, N, D] in the dtype of q; rows of queries that see no key are 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together, or an unknown name; one
+            line says what was given and what is allowed.
+    """
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError(
+            f"q, k, v differ in dtype or device: {q.dtype} {k.dtype} {v.dtype}, "
+            f"{q.device} {k.device} {v.device}"
+        )
+    if backend == "auto":
+        wants_grad = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad
+        )
+        flex = q.dtype != torch.float64 and (q.is_cuda or not wants_grad)
+        backend = "flex" if flex else "blockwise"
+    run = _cached_plan(method, q.shape, k.shape, v.shape, q.dtype, q.device, causal, backend)
+    return run(q, k, v)[0]
+
+
+def plan(
+    method: Method,
+    p: Problem,
+    device: torch.device,
+    backend: str,
+    block_size: tuple[int, int] = (128, 128),
+) -> Attention:
+    """A function (q, k, v) -> (out, lse) for one problem, compiled on its first call.
+
+    lse is in token order, or None where the executor does not give it.
+    """
+    if backend not in EXECUTORS:
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(EXECUTORS)}")
+    method.validate(p)
+    execute = executor(backend, p)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        state = method.prepare(q, k, p)
+        layout = method.layout(q, k, v, p, state, block_size)
+        out, lse = execute(layout)
+        return (out, lse) if layout.restore is None else (layout.restore(out, lse), None)
+
+    return run
+
+
+def executor(backend: str, p: Problem) -> Executor:
+    """What turns a Layout into (out, lse or None), both in the order of the layout."""
+    if backend == "blockwise":
+        return lambda x: blockwise(x.q, x.k, x.v, x.block_mask, x.score_mod)
+    call = _flex if backend == "eager" else compiled_copy(_flex)
+    grouped = p.group > 1
+    return lambda x: call(x.q, x.k, x.v, x.block_mask, x.score_mod, grouped, x.needs_lse)
+
+
+def compiled_copy(function: types.FunctionType) -> Callable:
+    """Compiles a function for static shapes, under a code object of its own.
+
+    torch.compile keeps its compiled variants by code object: two wrappers of one function share
+    them, and the ninth shape would run uncompiled. Reaching that limit raises, by fullgraph.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    copy = types.FunctionType(code, function.__globals__, code.co_name)
+    return torch.compile(copy, fullgraph=True, dynamic=False)
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, score_mod: ScoreMod | None,
+    grouped: bool, needs_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    if not needs_lse:
+        out = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped)
+        return out, None
+    out, aux = flex_attention(
+        q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped,
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return out, aux.lse
+
+
+@lru_cache(maxsize=256)
+def _cached_plan(
+    method: str | Method,
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    causal: bool,
+    backend: str,
+) -> Attention:
+    if len(q) != 4 or k != v or len(k) != 4 or (q[0], q[2], q[3]) != (k[0], k[2], k[3]):
+        raise ValueError(
+            "attend needs q [B, Hq, N, D] and k, v [B, Hkv, N, D]; "
+            f"got q {list(q)}, k {list(k)}, v {list(v)}"
+        )
+    if dtype not in _DTYPE_NAMES:
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(DTYPES)}")
+    p = Problem(
+        batch=q[0], q_heads=q[1], kv_heads=k[1], seq_len=q[2], head_dim=q[3],
+        dtype=_DTYPE_NAMES[dtype], causal=causal,
+    )  # fmt: skip
+    return plan(resolve(method), p, device, backend)

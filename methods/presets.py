@@ -1,0 +1,37 @@
+"""The table of methods: every preset under its name, in the order of tables and figures."""
+
+from __future__ import annotations
+
+import difflib
+
+from methods.method import Method
+from methods.sliding_window import SlidingWindow
+from methods.spattention import GappedBands, LocalOnly, SPAttention, SPAttentionReleased
+from methods.standard import Standard
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Standard(),
+        SlidingWindow(),
+        LocalOnly(),
+        SPAttention(),
+        SPAttentionReleased(),
+        GappedBands(),
+    )
+}
+
+
+def resolve(method: str | Method) -> Method:
+    """The Method of a name, or the Method itself.
+
+    Raises:
+        ValueError: no preset has this name; names the nearest, or all.
+    """
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(METHODS)}"
+        raise ValueError(f"method is {method!r}, which is unknown; {hint}")
+    return METHODS[method]
