@@ -163,7 +163,7 @@ class Store:
 
     def __enter__(self) -> Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
+        self._file = self.path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._mend()
@@ -173,13 +173,25 @@ class Store:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._file.close()
 
     def append(self, rows: Iterable[Row]) -> None:
         """Writes rows in one piece and waits until the disk has them."""
         self._write(rows, header=False)
+
+    def replace(self, rows: Iterable[Row]) -> None:
+        """Makes these the only rows of the file, at once or not at all."""
+        draft = self.path.with_suffix(".csv.new")
+        old, self._file = self._file, draft.open("w+b")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._write(rows, header=True)
+        os.replace(draft, self.path)
+        old.close()
 
     def _mend(self) -> None:
         """Cuts off a last line that an interrupted write left incomplete; starts a new file."""
@@ -238,7 +250,10 @@ def _check_header(line: str, path: Path) -> None:
 
 
 def _encode(value: Any) -> Any:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    # A row is one line of the file, so that a torn one can be told.
+    return "" if value is None else str(value).replace("\n", " ")
 
 
 def _decode(name: str, text: str) -> Any:

@@ -54,12 +54,16 @@ def attend(
             f"q, k, v differ in dtype or device: {q.dtype} {k.dtype} {v.dtype}, "
             f"{q.device} {k.device} {v.device}"
         )
+    wants_grad = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad
+    )
     if backend == "auto":
-        wants_grad = torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad
-        )
         flex = q.dtype != torch.float64 and (q.is_cuda or not wants_grad)
         backend = "flex" if flex else "blockwise"
+    if backend in ("flex", "eager") and not q.is_cuda:
+        if wants_grad:
+            raise ValueError(f"backend {backend!r} has no backward on a CPU; blockwise has")
+        q, k, v = q.detach(), k.detach(), v.detach()
     run = _cached_plan(method, q.shape, k.shape, v.shape, q.dtype, q.device, causal, backend)
     return run(q, k, v)[0]
 
@@ -78,7 +82,7 @@ def plan(
     if backend not in EXECUTORS:
         raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(EXECUTORS)}")
     method.validate(p)
-    execute = executor(backend, p)
+    execute = executor(backend, p, block_size)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         state = method.prepare(q, k, p)
@@ -89,13 +93,30 @@ def plan(
     return run
 
 
-def executor(backend: str, p: Problem) -> Executor:
+def executor(backend: str, p: Problem, block_size: tuple[int, int] = (128, 128)) -> Executor:
     """What turns a Layout into (out, lse or None), both in the order of the layout."""
     if backend == "blockwise":
         return lambda x: blockwise(x.q, x.k, x.v, x.block_mask, x.score_mod)
     call = _flex if backend == "eager" else compiled_copy(_flex)
-    grouped = p.group > 1
-    return lambda x: call(x.q, x.k, x.v, x.block_mask, x.score_mod, grouped, x.needs_lse)
+    grouped, options = p.group > 1, _tiles(block_size)
+    return lambda x: call(x.q, x.k, x.v, x.block_mask, x.score_mod, grouped, x.needs_lse, options)
+
+
+def _tiles(block_size: tuple[int, int]) -> dict[str, int] | None:
+    """Tile sizes of the CUDA kernels for blocks below 128; None leaves the choice to torch.
+
+    A tile must divide its block, and in the backward M1 must divide N1 and N2 must divide M2;
+    torch has one default configuration, made for blocks of 128.
+    """
+    rows, keys = block_size
+    if min(rows, keys) >= 128:
+        return None
+    small = min(32, rows, keys)
+    return {
+        "fwd_BLOCK_M": min(128, rows), "fwd_BLOCK_N": min(64, keys),
+        "bwd_BLOCK_M1": small, "bwd_BLOCK_N1": min(64, keys),
+        "bwd_BLOCK_M2": min(64, rows), "bwd_BLOCK_N2": small,
+    }  # fmt: skip
 
 
 def compiled_copy(function: types.FunctionType) -> Callable:
@@ -111,16 +132,14 @@ def compiled_copy(function: types.FunctionType) -> Callable:
 
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, score_mod: ScoreMod | None,
-    grouped: bool, needs_lse: bool,
+    grouped: bool, needs_lse: bool, tiles: dict[str, int] | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if not needs_lse:
-        out = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped)
-        return out, None
-    out, aux = flex_attention(
+    answer = flex_attention(
         q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped,
-        return_aux=AuxRequest(lse=True),
+        kernel_options=tiles if q.is_cuda else None,
+        return_aux=AuxRequest(lse=True) if needs_lse else None,
     )  # fmt: skip
-    return out, aux.lse
+    return (answer[0], answer[1].lse) if needs_lse else (answer, None)
 
 
 @lru_cache(maxsize=256)

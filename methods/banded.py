@@ -1,4 +1,4 @@
-"""Patterns given by the distance between query and key alone."""
+"""Patterns given by the distance between query and key, and by a global prefix."""
 
 from __future__ import annotations
 
@@ -12,28 +12,53 @@ from torch import Tensor
 from methods.method import MaskMod, Method, Problem
 
 Interval = tuple[int, int]
+DistanceTest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Up to so many bands, comparing each costs less than looking a distance up.
+FEW_BANDS = 4
 
 
 class Banded(Method):
-    """A method whose heads see bands of distances; only `bands` is written, the rest follows.
+    """A method whose heads see bands of distances and, at will, a global prefix.
 
-    The distance is i - j under causality, where a negative one is never allowed, else |i - j|.
+    Only `bands` (and `prefix`) is written, the rest follows. The distance is i - j under
+    causality, where a negative one is never allowed, else |i - j|. Tokens before `prefix` are
+    seen by every query and, where not causal, see every key.
     """
 
     def bands(self, p: Problem) -> Sequence[Sequence[Interval]]:
         """Inclusive distance intervals, in any order, of each head; one entry serves all heads."""
         raise NotImplementedError(f"{type(self).__name__} defines no bands")
 
-    def mask_mod(self, p: Problem, device: torch.device, state: Any = None) -> MaskMod:
-        bands, bound = _bounds(self, p, device)
-        causal = p.causal
+    def prefix(self, p: Problem) -> int:
+        """Global tokens at the start of the sequence."""
+        return 0
 
-        def mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            distance = q_idx - kv_idx if causal else (q_idx - kv_idx).abs()
+    def sees(self, p: Problem, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """A closure (head, distance) -> bool that restates `bands` for a kernel; False below 0.
+
+        The default compares with the ends of every band; many bands need a formula of their own.
+        """
+        bands, bound = _bounds(self, p, device)
+
+        def inside(h: Tensor, distance: Tensor) -> Tensor:
             allowed = False
             for lo, hi in bands:
                 allowed = allowed | ((distance >= bound(lo, h)) & (distance <= bound(hi, h)))
             return allowed
+
+        return inside
+
+    def mask_mod(self, p: Problem, device: torch.device, state: Any = None) -> MaskMod:
+        sees, prefix, causal = self.sees(p, device), self.prefix(p), p.causal
+
+        def mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            distance = q_idx - kv_idx if causal else (q_idx - kv_idx).abs()
+            allowed = sees(h, distance)
+            if prefix == 0:
+                return allowed
+            if causal:
+                return allowed | ((kv_idx < prefix) & (distance >= 0))
+            return allowed | (kv_idx < prefix) | (q_idx < prefix)
 
         return mask
 
@@ -41,11 +66,61 @@ class Banded(Method):
         self, p: Problem, device: torch.device, b: Tensor, h: Tensor,
         q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, state: Any = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        # A block sees every distance from q0 - k1 to q1 - k0, so two comparisons decide a band.
-        low, high = q0 - k1, q1 - k0
+        # A block sees every distance from q0 - k1 to q1 - k0.
+        within = distance_test(self, p, device)
+        some, every = within(h, q0 - k1, q1 - k0)
+        prefix = self.prefix(p)
+        if prefix == 0:
+            return some, every
+        # Outside the prefix a block is a smaller block, whose distances decide alone.
+        first_q, first_k = q0.clamp(min=prefix), k0.clamp(min=prefix)
+        _, every = within(h, first_q - k1, q1 - first_k)
+        every = every | (first_q > q1) | (first_k > k1)
+        if p.causal:
+            return some | ((k0 < prefix) & (k0 <= q1)), every & (k1 <= q0)
+        return some | (k0 < prefix) | (q0 < prefix), every
+
+    def allowed_pairs(self, p: Problem, state: Any = None) -> int:
+        merged = merged_bands(self, p)
+        rest = p.seq_len - min(self.prefix(p), p.seq_len)
+        pairs = sum(band_pairs(*band, rest, p.causal) for band in merged.flatten(0, 1).tolist())
+        pairs *= p.q_heads if len(merged) == 1 else 1
+        with_prefix = dense_pairs(p.seq_len, p.causal) - dense_pairs(rest, p.causal)
+        return pairs + p.q_heads * with_prefix
+
+
+def dense_pairs(tokens: int, causal: bool) -> int:
+    """Pairs of one head that sees all it may."""
+    return tokens * (tokens + 1) // 2 if causal else tokens * tokens
+
+
+def band_pairs(lo: int, hi: int, tokens: int, causal: bool) -> int:
+    """Pairs (i, j) of one head with lo <= distance <= hi, by summing tokens - d over the band."""
+    hi = min(hi, tokens - 1)
+    if hi < lo:
+        return 0
+    pairs = (hi - lo + 1) * (2 * tokens - lo - hi) // 2
+    return pairs if causal else 2 * pairs - (tokens if lo == 0 else 0)
+
+
+def distance_test(method: Banded, p: Problem, device: torch.device) -> DistanceTest:
+    """A closure (head, low, high) -> (some distance of low..high is seen, every one is)."""
+    test = _compared if merged_bands(method, p).shape[1] <= FEW_BANDS else _counted
+    decide = test(method, p, device)
+
+    def within(h: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if not p.causal:
             low, high = torch.maximum(low, -high).clamp(min=0), torch.maximum(-low, high)
-        bands, bound = _bounds(self, p, device)
+        return decide(h, low, high)
+
+    return within
+
+
+def _compared(method: Banded, p: Problem, device: torch.device) -> DistanceTest:
+    """Two comparisons a band."""
+    bands, bound = _bounds(method, p, device)
+
+    def decide(h: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         some = every = False
         for lo, hi in bands:
             lo, hi = bound(lo, h), bound(hi, h)
@@ -53,18 +128,23 @@ class Banded(Method):
             every = every | ((low >= lo) & (high <= hi))
         return some, every
 
-    def allowed_pairs(self, p: Problem, state: Any = None) -> int:
-        merged = merged_bands(self, p)
-        pairs = sum(_band_pairs(lo, hi, p) for lo, hi in merged.flatten(0, 1).tolist())
-        return pairs * (p.q_heads if len(merged) == 1 else 1)
+    return decide
 
 
-def _band_pairs(lo: int, hi: int, p: Problem) -> int:
-    """Pairs (i, j) of one head with lo <= distance <= hi, by summing N - d over the band."""
-    if hi < lo:
-        return 0
-    pairs = (hi - lo + 1) * (2 * p.seq_len - lo - hi) // 2
-    return pairs if p.causal else 2 * pairs - (p.seq_len if lo == 0 else 0)
+def _counted(method: Banded, p: Problem, device: torch.device) -> DistanceTest:
+    """Two look-ups, however many bands: how many distances below d a head sees."""
+    lo, hi = merged_bands(method, p).to(device).unbind(-1)
+    listed = (lo <= hi).int()
+    edges = torch.zeros(len(lo), p.seq_len + 2, dtype=torch.int32, device=device)
+    edges.scatter_add_(1, lo + 1, listed).scatter_add_(1, hi + 2, -listed)
+    below = edges.cumsum(1, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+
+    def decide(h: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        head = h if len(below) > 1 else 0
+        seen = below[head, (high + 1).clamp(0, p.seq_len)] - below[head, low.clamp(0, p.seq_len)]
+        return seen > 0, seen == high - low + 1
+
+    return decide
 
 
 def _bounds(

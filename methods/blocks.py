@@ -30,7 +30,7 @@ def block_mask(
     Args:
         block_size: (query rows, keys) of a block.
         state: what the method's `prepare` gave, or None.
-        narrow: lists only as wide as the longest one needs. CUDA kernels take them; the compiled
+        narrow: lists only as wide as the longest one. CUDA kernels take them; the compiled
             CPU kernel, `str()` and `to_dense()` do not.
 
     Returns:
@@ -111,7 +111,9 @@ def _lists(
             some, every = evaluate(strip, slice(None))
         partial.append(_pack(some & ~every))
         full.append(_pack(every))
-    return _join(partial, columns, narrow), _join(full, columns, narrow)
+    # The CUDA kernels read both lists with the strides of one, so both have one width.
+    width = max(_longest(partial), _longest(full), 1) if narrow else columns
+    return _join(partial, width), _join(full, width)
 
 
 def _strips(rows: int, row_elements: int) -> Iterator[slice]:
@@ -126,10 +128,13 @@ def _pack(listed: Tensor) -> Lists:
     return counts, listed.nonzero()[:, -1].to(torch.int32)
 
 
-def _join(strips: list[Lists], columns: int, narrow: bool) -> Lists:
+def _longest(strips: list[Lists]) -> int:
+    return max(int(count.max()) for count, _ in strips)
+
+
+def _join(strips: list[Lists], width: int) -> Lists:
     """The strips' packed columns as one padded index tensor."""
     counts = torch.cat([count for count, _ in strips], dim=-1)
-    width = max(1, int(counts.max())) if narrow else columns
     indices = counts.new_zeros((*counts.shape, width))
     place = torch.arange(width, device=counts.device, dtype=torch.int32)
     row = 0

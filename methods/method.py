@@ -64,7 +64,9 @@ class Problem:
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number, {low} to {high}")
+                raise ValueError(
+                    f"{name} is {value!r}; it must be a whole number, {low} to {high}"
+                )
         if self.q_heads % self.kv_heads:
             raise ValueError(
                 f"q_heads {self.q_heads} is not a multiple of kv_heads {self.kv_heads}"

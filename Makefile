@@ -1,0 +1,28 @@
+# make bench                          measure, draw, print: the default sweep of this machine
+# make bench ARGS="--seq-len 1024"    any arguments of run_bench.py
+# make test                           format, lint, tests
+# The first of them installs everything into .venv.
+
+PYTHON ?= python3
+ARGS =
+
+.PHONY: bench test clean
+
+bench: .venv/installed
+	.venv/bin/python run_bench.py $(ARGS)
+
+test: .venv/installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pytest
+
+clean:
+	rm -rf .venv
+
+# --clear, since an older environment may hold another Python or packages no longer wanted.
+.venv/installed: pyproject.toml constraints.txt
+	@echo "Installing into .venv, once: about 1.5 GB, with CUDA 5 GB"
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/pip install --quiet --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[dev]"
+	touch $@

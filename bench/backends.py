@@ -1,0 +1,155 @@
+"""Ways to run a Problem, by name: the executors of methods/ and their dense peers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from methods import Method, Problem
+from methods.attend import Attention, plan
+
+BACKWARD_PHASES = ("bwd", "fwd_bwd")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention.
+
+    Attributes:
+        about: one line for `list`.
+        uses_blocks: whether it visits the blocks of a BlockMask (and has a layout to build).
+        compiles: whether its first call compiles, so that it is worth doing ahead.
+        build: (method, problem, device, block_size) -> (q, k, v) -> (out, lse or None).
+        missing: device -> why this machine cannot run it, or None.
+        refuses: (method, problem, device, phase) -> why not this cell, or None.
+        only: the methods that it can compute; None for all.
+    """
+
+    name: str
+    about: str
+    build: Callable[[Method, Problem, torch.device, tuple[int, int]], Attention]
+    uses_blocks: bool = False
+    compiles: bool = False
+    missing: Callable[[torch.device], str | None] = lambda device: None
+    refuses: Callable[[Method, Problem, torch.device, str], str | None] = lambda *cell: None
+    only: tuple[str, ...] | None = None
+
+    def computes(self, method: Method) -> bool:
+        return self.only is None or method.name in self.only
+
+
+def _planned(name: str) -> Callable[..., Attention]:
+    def build(
+        method: Method, p: Problem, device: torch.device, block_size: tuple[int, int]
+    ) -> Attention:
+        return plan(method, p, device, name, block_size)
+
+    return build
+
+
+def _no_compiler(device: torch.device) -> str | None:
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "FlexAttention's CPU kernel needs a C++ compiler (c++, g++ or clang++ on the PATH)"
+    return None
+
+
+def _flex_refuses(method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
+    if p.dtype == "float64":
+        return "FlexAttention's kernels have no float64"
+    return _forward_only_on_cpu(device, phase)
+
+
+def _eager_refuses(method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
+    return _forward_only_on_cpu(device, phase)
+
+
+def _forward_only_on_cpu(device: torch.device, phase: str) -> str | None:
+    if device.type == "cpu" and phase in BACKWARD_PHASES:
+        return "FlexAttention has no backward on a CPU"
+    return None
+
+
+def _build_sdpa(
+    kernel: SDPBackend, method: Method, p: Problem, device: torch.device, block_size: tuple
+) -> Attention:
+    grouped = p.group > 1
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        with sdpa_kernel(kernel):
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=p.causal, enable_gqa=grouped
+            )  # fmt: skip
+        return out, None
+
+    return run
+
+
+def _cuda_only(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "a CUDA kernel"
+
+
+def _sdpa_refuses(
+    kernel: SDPBackend, method: Method, p: Problem, device: torch.device, phase: str
+) -> str | None:
+    """Asks the dispatcher itself, with tensors that hold no data of that size."""
+    if device.type == "cpu":
+        return None
+    tensors = [
+        torch.empty((1, heads, p.seq_len, p.head_dim), dtype=p.torch_dtype, device=device)
+        for heads in (p.q_heads, p.kv_heads, p.kv_heads)
+    ]
+    for tensor in tensors:
+        tensor.requires_grad_(phase in BACKWARD_PHASES)
+    parameters = torch.backends.cuda.SDPAParams(*tensors, None, 0.0, p.causal, p.group > 1)
+    can_use = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.can_use_flash_attention,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.can_use_efficient_attention,
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.can_use_cudnn_attention,
+    }[kernel]
+    return None if can_use(parameters, False) else f"{kernel.name} does not take this problem"
+
+
+def _sdpa(name: str, about: str, kernel: SDPBackend, missing: Callable) -> Backend:
+    return Backend(
+        name, about, partial(_build_sdpa, kernel), missing=missing,
+        refuses=partial(_sdpa_refuses, kernel), only=("standard",),
+    )  # fmt: skip
+
+
+# In the order of every table and figure.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "flex", "compiled FlexAttention over block lists (CPU: forward only)",
+            _planned("flex"), uses_blocks=True, compiles=True, missing=_no_compiler,
+            refuses=_flex_refuses,
+        ),
+        Backend(
+            "eager", "FlexAttention without torch.compile, as the released code calls it: N x N",
+            _planned("eager"), refuses=_eager_refuses,
+        ),
+        Backend(
+            "blockwise", "plain PyTorch over the listed blocks; any device, float64, both passes",
+            _planned("blockwise"), uses_blocks=True,
+        ),
+        _sdpa(
+            "sdpa-flash", "PyTorch's SDPA, flash kernel (flash-attn 2 on CUDA)",
+            SDPBackend.FLASH_ATTENTION, lambda device: None,
+        ),
+        _sdpa(
+            "sdpa-cudnn", "PyTorch's SDPA, cuDNN kernel", SDPBackend.CUDNN_ATTENTION, _cuda_only
+        ),
+        _sdpa(
+            "sdpa-efficient", "PyTorch's SDPA, memory-efficient kernel",
+            SDPBackend.EFFICIENT_ATTENTION, _cuda_only,
+        ),
+    )
+}  # fmt: skip

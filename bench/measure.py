@@ -1,0 +1,365 @@
+"""One problem group: every cell gated, then sampled in interleaved rounds, then made rows."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch._inductor.exc import InductorError
+from torch.nn.attention.flex_attention import BlockMask
+
+from bench import oracle, stats, timing
+from bench.backends import BACKENDS, BACKWARD_PHASES
+from bench.record import Environment, Row, code_hash
+from bench.specs import parameters_text, parse_method, source_file
+from methods import Method, Problem, block_mask
+from methods.attend import Attention
+from methods.blocks import computed_pairs
+
+# How compilers and kernels say "not this shape on this chip".
+UNSUPPORTED = (InductorError, NotImplementedError)
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method, as the command line names it, on a backend."""
+
+    method: str
+    backend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Everything that is measured on one problem, so that its samples can be interleaved.
+
+    Attributes:
+        rounds: (fewest, most) samples of every cell, phase and clock.
+        seconds: sampling goes on past the fewest rounds for at most this long.
+        shared: whether the cells' samples are interleaved; False for one that runs alone.
+    """
+
+    problem: Problem
+    block_size: tuple[int, int]
+    cells: tuple[Cell, ...]
+    phases: tuple[str, ...]
+    device: str
+    seed: int
+    rounds: tuple[int, int]
+    seconds: float
+    run: str
+    shared: bool = True
+
+    def clocks(self, phase: str) -> tuple[str, ...]:
+        on_host_alone = self.device == "cpu" or phase == "layout"
+        return ("host",) if on_host_alone else ("device", "host")
+
+
+@dataclass
+class Prepared:
+    """A cell that may be timed: what is known of it, and a sampler for every phase and clock."""
+
+    cell: Cell
+    method: Method
+    facts: dict = field(default_factory=dict)
+    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
+    samplers: dict[tuple[str, str], timing.Sampler] = field(default_factory=dict)
+    samples: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)
+
+
+class Clockwork:
+    """Where the time of a sweep goes: seconds by name."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def on(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+
+
+def measure_group(
+    group: Group, env: Environment, announce: Callable[[Cell], None], clockwork: Clockwork
+) -> dict[Cell, list[Row]]:
+    """Rows of every cell of a group.
+
+    Args:
+        announce: told of the cell that is about to run, so that a crash has a name.
+    """
+    device = torch.device(group.device)
+    bench = _Bench(group, device, clockwork)
+    ready, alone, rows = [], [], {}
+    for cell in group.cells:
+        announce(cell)
+        try:
+            prepared = bench.prepare(cell)
+            ready.append(prepared)
+        except OUT_OF_MEMORY as error:
+            if ready and group.shared:
+                alone.append(cell)  # it may fit once the others are gone
+            else:
+                rows[cell] = failure_rows(group, env, cell, "oom", one_line(error))
+            _release(device)
+    _sample_rounds(group, ready, announce, clockwork)
+    for prepared in ready:
+        rows[prepared.cell] = _rows_of(group, env, prepared)
+    del bench, ready
+    _release(device)
+    for cell in alone:
+        single = replace(group, cells=(cell,), shared=False)
+        rows |= measure_group(single, env, announce, clockwork)
+    return rows
+
+
+def failure_rows(
+    group: Group, env: Environment, cell: Cell, status: str, reason: str
+) -> list[Row]:
+    """A row for every phase and clock of a cell that could not be measured."""
+    prepared = Prepared(cell, parse_method(cell.method))
+    prepared.refused = {phase: (status, reason) for phase in group.phases}
+    return _rows_of(group, env, prepared)
+
+
+class _Bench:
+    """Inputs, references and gate of one group."""
+
+    def __init__(self, group: Group, device: torch.device, clockwork: Clockwork) -> None:
+        self.group, self.device, self.clockwork = group, device, clockwork
+        self.p = group.problem
+        self.sets = 1
+        if device.type == "cuda":
+            size = 3 * self.p.batch * self.p.seq_len * self.p.head_dim * self.p.q_heads
+            self.sets = timing.input_sets(size * self.p.torch_dtype.itemsize, device)
+        generator = torch.Generator(device).manual_seed(group.seed)
+        self.inputs = [self._draw(generator) for _ in range(self.sets)]
+        self.rows = oracle.sample_rows(self.p, group.block_size[0], device, group.seed)
+        self.cotangent = oracle.cotangent(self.p, self.rows, device, group.seed)
+        self.references: dict[Method, oracle.Reference] = {}
+
+    def _draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """q, k, v as leaves, and a dense gradient of the output."""
+        p = self.p
+        heads = (p.q_heads, p.kv_heads, p.kv_heads, p.q_heads)
+        drawn = [
+            torch.randn(
+                (p.batch, h, p.seq_len, p.head_dim), generator=generator, device=self.device,
+                dtype=torch.float64 if p.dtype == "float64" else torch.float32,
+            ).to(p.torch_dtype)
+            for h in heads
+        ]  # fmt: skip
+        return (*(x.requires_grad_() for x in drawn[:3]), drawn[3])
+
+    def prepare(self, cell: Cell) -> Prepared:
+        """Builds, gates and makes samplers; whatever is refused says why."""
+        method, backend = parse_method(cell.method), BACKENDS[cell.backend]
+        prepared = Prepared(cell, method)
+        for phase in self.group.phases:
+            reason = backend.missing(self.device)
+            reason = reason or backend.refuses(method, self.p, self.device, phase)
+            if reason is None and phase == "layout" and not backend.uses_blocks:
+                reason = "no block lists to build"
+            if reason is not None:
+                prepared.refused[phase] = ("unsupported", reason)
+        wanted = [x for x in self.group.phases if x not in prepared.refused]
+        if not wanted:
+            return prepared
+        try:
+            attention = self._attention(prepared, wanted)
+        except UNSUPPORTED as error:
+            prepared.refused |= {x: ("unsupported", one_line(error)) for x in wanted}
+            return prepared
+        except RuntimeError as error:
+            if isinstance(error, OUT_OF_MEMORY) or "CUDA error" in str(error):
+                raise  # the second leaves the process without a usable device
+            prepared.refused |= {x: ("crash", one_line(error)) for x in wanted}
+            return prepared
+        for phase in wanted:
+            if phase not in prepared.refused:
+                with self.clockwork.on("capture"):
+                    self._add_samplers(prepared, attention, phase)
+        return prepared
+
+    def _attention(self, prepared: Prepared, wanted: list[str]) -> Attention:
+        """The cell's function, compiled, counted and gated."""
+        method, backend = prepared.method, BACKENDS[prepared.cell.backend]
+        attention = backend.build(method, self.p, self.device, self.group.block_size)
+        prepared.facts["allowed_pairs"] = method.allowed_pairs(self.p)
+        if backend.uses_blocks:
+            mask = self._block_mask(method)
+            prepared.facts["computed_pairs"] = computed_pairs(mask, self.p)
+        gradients = any(phase in BACKWARD_PHASES for phase in wanted)
+        with self.clockwork.on("compile"):
+            self._first_calls(attention, gradients)
+        with self.clockwork.on("gate"):
+            verdict = self._gate(method, attention, gradients)
+        errors = ("error_out", "error_dq", "error_dk", "error_dv", "error_budget")
+        prepared.facts |= {name: getattr(verdict, name) for name in errors}
+        if not verdict.passed:
+            prepared.refused |= {x: ("mismatch", verdict.reason) for x in wanted}
+        elif self.device.type == "cuda" and gradients:
+            prepared.facts["peak_bytes"] = self._peak_bytes(attention)
+        return attention
+
+    def _block_mask(self, method: Method) -> BlockMask:
+        narrow = self.device.type == "cuda"
+        return block_mask(method, self.p, self.device, self.group.block_size, narrow=narrow)
+
+    def _first_calls(self, attention: Attention, gradients: bool) -> None:
+        """Compiles what the samplers will call: without gradients, then with them."""
+        first_calls(attention, self.inputs[0], gradients)
+
+    def _gate(self, method: Method, attention: Attention, gradients: bool) -> oracle.Verdict:
+        q, k, v, _ = self.inputs[0]
+        if method not in self.references:
+            self.references[method] = oracle.build_reference(
+                method, self.p, q.detach(), k.detach(), v.detach(), self.rows, self.cotangent
+            )
+        _poison(self.device, 4 * q.numel() * q.element_size())
+        if not gradients:
+            out, lse = _forward(attention, q.detach(), k.detach(), v.detach())
+            return oracle.judge(self.references[method], out, lse, None)
+        out, lse = attention(q, k, v)
+        grads = torch.autograd.grad(out, (q, k, v), self.cotangent)
+        return oracle.judge(self.references[method], out.detach(), lse, grads)
+
+    def _peak_bytes(self, attention: Attention) -> int:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        _forward_backward(attention, self.inputs[0])
+        torch.cuda.synchronize(self.device)
+        own = sum(x.nbytes for x in self.inputs[0])
+        return torch.cuda.max_memory_allocated(self.device) - before + own
+
+    def _add_samplers(self, prepared: Prepared, attention: Attention, phase: str) -> None:
+        if phase == "layout":
+            call = lambda: self._block_mask(prepared.method)  # noqa: E731
+            prepared.samplers[phase, "host"] = timing.host_sampler(call, self.device)
+            return
+        calls = [phase_call(attention, phase, inputs) for inputs in self.inputs]
+        if self.device.type == "cuda":
+            try:
+                sampler, clock = timing.device_sampler(calls, self.device), "device"
+            except RuntimeError as error:
+                if isinstance(error, OUT_OF_MEMORY):
+                    raise
+                sampler, clock = timing.kernels_sampler(calls[0], self.device), "kernels"
+            prepared.samplers[phase, clock] = sampler
+        prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
+
+
+def first_calls(attention: Attention, inputs: tuple[Tensor, ...], gradients: bool) -> None:
+    """Both ways in which samplers call: without gradients, and with them."""
+    phase_call(attention, "fwd", inputs)()
+    if gradients:
+        _forward_backward(attention, inputs)
+
+
+def phase_call(attention: Attention, phase: str, inputs: tuple[Tensor, ...]) -> timing.Call:
+    """What one sample of a phase runs."""
+    q, k, v, grad_out = inputs
+    if phase == "fwd":
+        return partial(_forward, attention, *(x.detach() for x in (q, k, v)))
+    if phase == "fwd_bwd":
+        return lambda: _forward_backward(attention, inputs)
+    out = attention(q, k, v)[0]
+    return lambda: torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
+
+
+def _forward(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    with torch.no_grad():
+        return attention(q, k, v)
+
+
+def _forward_backward(attention: Attention, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    q, k, v, grad_out = inputs
+    return torch.autograd.grad(attention(q, k, v)[0], (q, k, v), grad_out)
+
+
+def _sample_rounds(
+    group: Group, ready: list[Prepared], announce: Callable[[Cell], None], clockwork: Clockwork
+) -> None:
+    """Samples everything once a round, in a new order each, until all is known well enough."""
+    jobs = [(cell, key) for cell in ready for key in cell.samplers]
+    order = random.Random(group.seed)
+    fewest, most = group.rounds
+    start = time.perf_counter()
+    for number in range(most):
+        if number >= fewest and (time.perf_counter() - start > group.seconds or _settled(ready)):
+            break
+        for prepared, key in order.sample(jobs, len(jobs)):
+            announce(prepared.cell)
+            with clockwork.on("sample"):
+                microseconds = prepared.samplers[key]()
+            prepared.samples.setdefault(key, []).append((number, microseconds))
+
+
+def _settled(ready: list[Prepared]) -> bool:
+    return all(
+        stats.relative_width([us for _, us in samples]) < 0.01
+        for prepared in ready
+        for samples in prepared.samples.values()
+    )
+
+
+def _rows_of(group: Group, env: Environment, prepared: Prepared) -> list[Row]:
+    rows = []
+    for phase in group.phases:
+        for clock in group.clocks(phase):
+            taken = prepared.samples.get((phase, clock))
+            if clock == "device" and (phase, "kernels") in prepared.samples:
+                clock, taken = "kernels", prepared.samples[phase, "kernels"]
+            rows.append(_row(group, env, prepared, phase, clock, taken))
+    return rows
+
+
+def _row(
+    group: Group, env: Environment, prepared: Prepared, phase: str, clock: str,
+    taken: list[tuple[int, float]] | None,
+) -> Row:  # fmt: skip
+    status, reason = prepared.refused.get(phase, ("ok", None))
+    user_file = source_file(prepared.cell.method)
+    values = asdict(env) | ({"code": code_hash([user_file])} if user_file else {})
+    if taken:
+        samples = [us for _, us in taken]
+        median, low, high = stats.median_interval(samples)
+        values |= {
+            "samples_us": ";".join(f"{us:.6g}" for us in samples),
+            "rounds": ";".join(str(number) for number, _ in taken) if group.shared else None,
+            "median_us": median, "ci_low_us": low, "ci_high_us": high,
+        }  # fmt: skip
+    return Row(
+        run=group.run, time_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        method=prepared.method.name, params=parameters_text(prepared.method),
+        backend=prepared.cell.backend, **asdict(group.problem),
+        q_block=group.block_size[0], kv_block=group.block_size[1], phase=phase, clock=clock,
+        l2=None if group.device == "cpu" or phase == "layout" else "cold",
+        status=status, reason=reason, **prepared.facts, **values,
+    )  # fmt: skip
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _poison(device: torch.device, size: int) -> None:
+    """Leaves NaN in memory that the allocator will hand out again: unwritten outputs show."""
+    held = [torch.full((size // 4,), torch.nan, device=device) for _ in range(4)]
+    del held
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,358 @@
+"""Tables in the terminal and in the README, drawn from rows alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from bench.derived import BASELINE, Board, Cell, Gain, boards, in_order, problem_of
+from bench.record import CLOCKS, Row
+
+PHASE_NAMES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
+NOTHING = "-"
+METHOD_WIDTH = 34
+LEGEND = (
+    "Times are medians, ± the farther end of the 99 % interval. Speed-ups (x) are over "
+    "`standard`, on the same backend and on the fastest dense one, of fwd+bwd; f: of fwd, where "
+    "fwd+bwd was not measured for both. Ideal: pairs of `standard` over pairs of the method, by "
+    "elements and by blocks that a kernel visits. Efficiency: x same backend over ideal by blocks "
+    "(by elements on a backend without block lists). TFLOP/s: 4 D flops an allowed pair forward, "
+    "14 D fwd+bwd."
+)
+
+
+def print_report(rows: Sequence[Row], console: Console) -> None:
+    for renderable in tables(rows):
+        console.print(renderable)
+
+
+def tables(rows: Sequence[Row]) -> list[RenderableType]:
+    """One table a problem and clock, then the legend; each fits itself to the width it gets."""
+    on_device = {
+        problem_of(row)
+        for row in rows
+        if (row.clock, row.phase, row.status) == ("device", "fwd_bwd", "ok")
+    }
+    found = [
+        BoardTable(board, board.head.clock != "host" or problem_of(board.head) not in on_device)
+        for board in boards(rows)
+    ]
+    return [*found, Text(LEGEND, style="dim")] if found else [Text("No measurement to show.")]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        texts: the cells' texts, in the order of Board.cells.
+        keep: where the terminal is narrow, the lowest goes first.
+    """
+
+    header: str
+    texts: list[str]
+    keep: int
+
+    @property
+    def name(self) -> str:
+        return self.header.replace("-\n", "").replace("\n", " ")
+
+    @property
+    def empty(self) -> bool:
+        return all(text == NOTHING for text in self.texts)
+
+
+@dataclass(frozen=True)
+class BoardTable:
+    """A table that drops columns, least important first, rather than wrapping.
+
+    Attributes:
+        tokens: whether tokens/s belongs here; one clock a problem gives them, the device's first.
+    """
+
+    board: Board
+    tokens: bool
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        columns = [column for column in _columns(self.board, self.tokens) if not column.empty]
+        unbounded = options.update(max_width=1000)
+        for lowest in sorted({column.keep for column in columns}):
+            shown = [column for column in columns if column.keep >= lowest]
+            table = _table(self.board, shown)
+            if Measurement.get(console, unbounded, table).maximum <= options.max_width:
+                break
+        yield Text(problem_title(self.board.head, without=["device"]), style="bold")
+        yield Text(self._subtitle(), style="dim")
+        yield table
+        if hidden := [column.name for column in columns if column not in shown]:
+            yield Text(f"not shown at this width: {', '.join(hidden)}", style="dim")
+        yield from _notes(self.board)
+        yield Text()
+
+    def _subtitle(self) -> str:
+        clock = self.board.head.clock
+        tokens = f", tokens/s by the {clock} clock" if self.tokens and clock != "device" else ""
+        return f"{clock} clock{tokens} · {self.board.head.device}"
+
+
+def problem_title(row: Row, *, without: Container[str] = ()) -> str:
+    """A problem in words, less the fields in `without`: those that a figure has on an axis."""
+    parts = {
+        "seq_len": f"N {row.seq_len}",
+        "batch": f"batch {row.batch}",
+        "q_heads": f"{row.q_heads} heads",
+        "kv_heads": f"{row.kv_heads} kv heads" if row.kv_heads != row.q_heads else None,
+        "head_dim": f"head_dim {row.head_dim}",
+        "dtype": row.dtype,
+        "causal": "causal" if row.causal else "not causal",
+        "q_block": f"blocks {row.q_block}x{row.kv_block}",
+        "device": row.device,
+    }
+    return " · ".join(text for name, text in parts.items() if text and name not in without)
+
+
+def _columns(board: Board, tokens: bool) -> list[Column]:
+    def each(header: str, keep: int, text: Callable[[Cell], str]) -> Column:
+        return Column(header, [text(cell) for cell in board.cells], keep)
+
+    columns = [
+        _times(board, "fwd", 9),
+        _times(board, "bwd", 5),
+        _times(board, "fwd_bwd", 9),
+        each("tokens/s", 8, lambda cell: quantity(board.tokens_per_s(cell))),
+        each("x same\nbackend", 9, lambda cell: _gain(board.over_same_backend(cell))),
+        each("x fastest\ndense", 7, lambda cell: _gain(board.over_fastest_dense(cell))),
+        each("ideal\nelements", 3, lambda cell: _number(board.ideal_by_elements(cell), 2)),
+        each("ideal\nblocks", 4, lambda cell: _number(board.ideal_by_blocks(cell), 2)),
+        each("effi-\nciency", 6, lambda cell: _gain(board.efficiency(cell))),
+        each("TFLOP/s", 2, lambda cell: _gain(board.tflop_per_s(cell), 1)),
+        each("peak\nmemory", 1, lambda cell: _bytes(board.peak_bytes(cell))),
+    ]
+    return [column for column in columns if tokens or column.header != "tokens/s"]
+
+
+def _table(board: Board, columns: Sequence[Column]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("method", overflow="fold", max_width=METHOD_WIDTH)
+    table.add_column("backend", no_wrap=True)
+    for column in columns:
+        table.add_column(column.header, justify="right", no_wrap=True)
+    sizes = Counter(cell.backend for cell in board.cells)
+    following = [*board.cells[1:], board.cells[-1]]
+    for index, (cell, label) in enumerate(zip(board.cells, _labels(board.cells), strict=True)):
+        texts = [_styled(column.texts[index]) for column in columns]
+        after = following[index].backend
+        apart = cell.backend != after and max(sizes[cell.backend], sizes[after]) > 1
+        table.add_row(label, cell.backend, *texts, end_section=apart)
+    return table
+
+
+def _labels(cells: Sequence[Cell]) -> list[str]:
+    """Names alone where a method has one set of parameters (a note gives them), else both."""
+    variants = defaultdict(set)
+    for cell in cells:
+        variants[cell.method].add(cell.params)
+    return [cell.label if len(variants[cell.method]) > 1 else cell.method for cell in cells]
+
+
+def _times(board: Board, phase: str, keep: int) -> Column:
+    """Medians in one unit, to be compared by eye; a status where there is none."""
+    timed = [us for cell in board.cells if (us := board.us(cell, phase))]
+    unit, scale = ("ms", 1e-3) if max(timed, default=0) >= 10_000 else ("us", 1.0)
+    smallest = min(timed, default=1) * scale
+    digits = min(3, max(0, 2 - math.floor(math.log10(smallest))))
+    texts = []
+    for cell in board.cells:
+        row = board.row(cell, phase)
+        if row is None:
+            texts.append(NOTHING)
+        elif row.status != "ok" or row.median_us is None:
+            texts.append(row.status if row.status != "ok" else NOTHING)
+        else:
+            texts.append(f"{row.median_us * scale:.{digits}f}{_spread(row)}")
+    return Column(f"{PHASE_NAMES[phase]}\n{unit}", texts, keep)
+
+
+def _spread(row: Row) -> str:
+    if row.ci_low_us is None or row.ci_high_us is None:
+        return " " * 6
+    farther = max(row.median_us - row.ci_low_us, row.ci_high_us - row.median_us)
+    percent = 100 * farther / row.median_us
+    return f" {f'±{percent:.{0 if percent >= 9.95 else 1}f}%':>5}"
+
+
+def _styled(text: str) -> Text:
+    styles = {"mismatch": "bold red", "crash": "bold red", "unsupported": "dim", NOTHING: "dim"}
+    return Text(text, style=styles.get(text, "yellow" if text in ("oom", "timeout") else ""))
+
+
+def _notes(board: Board) -> Iterator[Text]:
+    """Below the table: parameters, why cells have no figures, and what cannot be right."""
+    known = {cell.method: cell for cell in board.cells if cell.params}
+    labels = set(_labels(board.cells))
+    named = [f"{name} {cell.params}" for name, cell in known.items() if name in labels]
+    if named:
+        yield Text("parameters: " + "; ".join(named).replace(",", ", "), style="dim")
+    yield from _reasons(board)
+    yield from _too_good(board)
+
+
+def _reasons(board: Board) -> Iterator[Text]:
+    """One line a reason, for however many cells share it."""
+    affected: dict[tuple, dict[tuple, None]] = defaultdict(dict)
+    for cell in board.cells:
+        for phase, name in PHASE_NAMES.items():
+            row = board.row(cell, phase)
+            if row is not None and row.status != "ok":
+                key = (row.status, row.reason or "no reason recorded", cell.backend)
+                affected[key][cell, name] = None
+    for (status, reason, backend), found in affected.items():
+        phases = ", ".join(dict.fromkeys(name for _, name in found))
+        cells = list(dict.fromkeys(cell for cell, _ in found))
+        everywhere = len(cells) > 1 and cells == [c for c in board.cells if c.backend == backend]
+        methods = "all methods" if everywhere else ", ".join(_labels(cells))
+        yield _styled(status).append(f": {methods} on {backend} ({phases}): {reason}")
+
+
+def _too_good(board: Board) -> Iterator[Text]:
+    """One warning a backend whose methods beat their ideal, with what to do about it."""
+    found = defaultdict(list)
+    for cell, label in zip(board.cells, _labels(board.cells), strict=True):
+        for phase in ("fwd", "fwd_bwd"):
+            efficiency = board.efficiency(cell, phase)
+            if efficiency and round(efficiency.value, 2) > 1:
+                found[cell.backend].append(
+                    f"{label} {efficiency.value:.2f} ({PHASE_NAMES[phase]})"
+                )
+    for backend, cells in found.items():
+        fastest = board.fastest_dense("fwd_bwd") or board.fastest_dense("fwd")
+        remedy = (
+            "measure another dense backend too (--backends)"
+            if fastest.backend == backend
+            else f"compare with {fastest.backend}, the fastest dense one here"
+        )
+        yield Text(
+            f"warning: efficiency above 1 on {backend}, which the pairs do not allow: "
+            f"{', '.join(cells)}. Either `{BASELINE}` on {backend} is slow at this shape: "
+            f"{remedy}; or its samples were disturbed: measure again on an idle machine.",
+            style="yellow",
+        )
+
+
+def _gain(gain: Gain | None, digits: int = 2) -> str:
+    """What says nothing is of fwd+bwd, and as wide, so that points stay aligned."""
+    if gain is None:
+        return NOTHING
+    return f"{gain.value:.{digits}f}{'f' if gain.phase == 'fwd' else ' '}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def quantity(value: float | None) -> str:
+    """Three digits and a unit: 37.6 M."""
+    if value is None:
+        return NOTHING
+    scale, unit = next((x for x in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= x[0]), (1, ""))
+    digits = max(0, 2 - math.floor(math.log10(value / scale)))
+    return f"{value / scale:.{digits}f} {unit}".rstrip()
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return NOTHING
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def headline_markdown(
+    rows: Iterable[Row], *, backend: str, clock: str | None = None, **fixed: object
+) -> str:
+    """The README's table: methods down, N across; tokens/s and speed-up of fwd+bwd.
+
+    Args:
+        backend: of the methods and of the `standard` that they are compared with; a last line has
+            the fastest dense backend of all.
+        clock: the first of CLOCKS that has such a row, where not given.
+        fixed: fields of Row that choose one problem a length, as in `q_heads=8, head_dim=128`.
+
+    Raises:
+        ValueError: no row is left, or those left differ in more than N.
+    """
+    chosen = [
+        row
+        for row in rows
+        if row.phase == "fwd_bwd"
+        and (row.backend == backend or row.method == BASELINE)
+        and all(getattr(row, name) == value for name, value in fixed.items())
+    ]
+    clocks = [c for c in CLOCKS if c in {r.clock for r in chosen if r.backend == backend}]
+    clock = clock or next(iter(clocks), None)
+    found = [board for board in boards(chosen) if board.head.clock == clock]
+    if not found or not any(cell.backend == backend for b in found for cell in b.cells):
+        raise ValueError(f"no fwd_bwd row of backend {backend!r} by clock {clock!r} with {fixed}")
+    titles = {problem_title(board.head, without=["seq_len"]) for board in found}
+    if len(titles) > 1:
+        raise ValueError(f"the rows differ in more than N: {'; '.join(sorted(titles))}")
+    found.sort(key=lambda board: board.head.seq_len)
+    return "\n".join([*_headline_lines(found, backend), "", _headline_caption(found[0], backend)])
+
+
+def _headline_lines(found: Sequence[Board], backend: str) -> Iterator[str]:
+    yield _line(["method", *(f"N = {board.head.seq_len}" for board in found)])
+    yield _line(["---", *("---:" for _ in found)])
+    cells = list(dict.fromkeys(c for board in found for c in board.cells if c.backend == backend))
+    methods = in_order(cell.method for cell in cells)
+    for cell in sorted(cells, key=lambda cell: methods.index(cell.method)):
+        yield _line([f"`{cell.label}`", *(_headline_cell(board, cell) for board in found)])
+    dense = [board.fastest_dense("fwd_bwd") for board in found]
+    if any(cell is not None and cell.backend != backend for cell in dense):
+        texts = (
+            f"{quantity(board.tokens_per_s(cell))} ({cell.backend})" if cell else NOTHING
+            for board, cell in zip(found, dense, strict=True)
+        )  # fmt: skip
+        yield _line(["fastest dense", *texts])
+
+
+def _headline_cell(board: Board, cell: Cell) -> str:
+    row, gain = board.row(cell, "fwd_bwd"), board.over_same_backend(cell, "fwd_bwd")
+    if row is not None and row.status != "ok":
+        return row.status
+    speedup = f" ({gain.value:.2f}x)" if gain and cell.method != BASELINE else ""
+    return quantity(board.tokens_per_s(cell)) + speedup
+
+
+def _headline_caption(board: Board, backend: str) -> str:
+    return (
+        f"Tokens/s, forward + backward, on `{backend}` by the {board.head.clock} clock; in "
+        f"brackets the speed-up over `{BASELINE}` on the same backend. "
+        f"{problem_title(board.head, without=['seq_len'])}."
+    )
+
+
+def _line(texts: Iterable[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def update_marked(text: str, name: str, body: str) -> str:
+    """The text with `body` between its lines `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Raises:
+        ValueError: the text has not exactly one such pair, in this order.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    if text.count(begin) != 1 or text.count(end) != 1 or rest.count(end) != 1:
+        raise ValueError(f"one {begin!r} and, after it, one {end!r} are needed in the text")
+    return f"{before}{begin}\n{body.strip()}\n{end}{after}"

@@ -1,0 +1,93 @@
+"""Methods as the command line names them: NAME, NAME:window=256, FILE.py:NAME."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+from methods import METHODS, Method
+from methods.presets import resolve
+
+# What running a file of somebody's own may raise at its top level.
+_IMPORT_ERRORS = (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError)
+
+
+def parse_method(spec: str) -> Method:
+    """The Method of a specification.
+
+    Args:
+        spec: a preset's name, or FILE.py:NAME for a preset in a file of the user's own; either may
+            be followed by `:parameter=value,...` in Python's notation.
+
+    Raises:
+        ValueError: in one line, what is wrong and what is allowed.
+    """
+    path = source_file(spec)
+    if path is None:
+        name, _, parameters = spec.partition(":")
+        method = resolve(name)
+    else:
+        name, _, parameters = spec.partition(".py:")[2].partition(":")
+        method = _load(path, name)
+    return _with_parameters(method, parameters, spec) if parameters else method
+
+
+def source_file(spec: str) -> Path | None:
+    """The user's file that a specification names, or None for a preset of the suite."""
+    stem, separator, _ = spec.partition(".py:")
+    return Path(stem + ".py").resolve() if separator else None
+
+
+def parameters_text(method: Method) -> str | None:
+    """Every parameter as `name=value`, comma-separated; None for a method without any."""
+    values = [(f.name, getattr(method, f.name)) for f in dataclasses.fields(method)]
+    return ",".join(f"{name}={value!r}" for name, value in values) or None
+
+
+def _with_parameters(method: Method, text: str, spec: str) -> Method:
+    known = [field.name for field in dataclasses.fields(method)]
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        values = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f"method {spec!r}: parameters are written name=value,name=value"
+        ) from None
+    if call.args or not values or None in values:
+        raise ValueError(f"method {spec!r}: parameters are written name=value,name=value")
+    for name in values:
+        if name not in known:
+            allowed = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"{method.name} has no parameter {name!r}; {allowed}")
+    try:
+        return dataclasses.replace(method, **values)
+    except TypeError as error:
+        raise ValueError(f"method {spec!r}: {error}") from None
+
+
+def _load(path: Path, name: str) -> Method:
+    if not path.is_file():
+        raise ValueError(f"method file {path} does not exist")
+    module_name = f"user_methods_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except _IMPORT_ERRORS as error:
+        raise ValueError(f"method file {path}: {type(error).__name__}: {error}") from None
+    found = [key for key, value in vars(module).items() if isinstance(value, Method)]
+    method = vars(module).get(name)
+    if not isinstance(method, Method):
+        has = f"it has {', '.join(found)}" if found else "it has no Method at its top level"
+        raise ValueError(f"method file {path} has no Method named {name!r}; {has}")
+    if not dataclasses.is_dataclass(method) or not getattr(method, "name", None):
+        raise ValueError(
+            f"{name} in {path} must be a frozen dataclass with a class attribute name"
+        )
+    if method.name in METHODS and type(method) is not type(METHODS[method.name]):
+        raise ValueError(f"{name} in {path} is named {method.name!r}, which is a preset's name")
+    return method

@@ -1,0 +1,309 @@
+"""A sweep: axes -> problem groups -> rows in a CSV, tables and figures."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench import figures, report
+from bench.backends import BACKENDS
+from bench.measure import Cell, Clockwork, Group
+from bench.record import PHASES, ROOT, Environment, Row, Store, code_hash, read_rows
+from bench.specs import parameters_text, parse_method, source_file
+from bench.worker import CompileTimes, Worker, compile_ahead, compile_jobs
+from methods import METHODS, Problem
+
+BASELINE = "standard"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Measure methods over a range of problems: table, CSV and figures.
+
+    Every combination of the lists is measured; `standard` always, since speed-ups are held
+    against it.
+    """
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Presets, NAME:parameter=value,... or FILE.py:NAME for a method of your own."""
+    backends: tuple[str, ...] | None = None
+    """Ways to run them; by default what suits the device (see `list`)."""
+    seq_len: tuple[int, ...] | None = None
+    """Tokens a sequence; default 512 to 4096 on a CPU, 1024 to 16384 on a GPU."""
+    heads: tuple[int, ...] = (8,)
+    """Query heads."""
+    kv_heads: tuple[int, ...] | None = None
+    """Key and value heads; by default as many as query heads."""
+    head_dim: tuple[int, ...] | None = None
+    """Features a head; default 64 on a CPU, 128 on a GPU."""
+    batch: tuple[int, ...] = (1,)
+    """Sequences a call."""
+    dtype: tuple[str, ...] | None = None
+    """Element types; default float32 on a CPU, bfloat16 on a GPU."""
+    causal: tuple[bool, ...] = (True,)
+    """Whether a query sees only the past."""
+    block_size: tuple[str, ...] = ("128",)
+    """Blocks of the mask: ROWS or ROWSxKEYS."""
+    phases: tuple[str, ...] = PHASES
+    """What is timed: layout, fwd, bwd, fwd_bwd."""
+    device: str | None = None
+    """cpu or cuda:0; by default a GPU where there is one."""
+    rounds: int = 30
+    """Most samples of a cell; they are taken in interleaved rounds, five at the least."""
+    seconds: float = 20.0
+    """A group's sampling ends after this time, or when every median is known to 1 %."""
+    time_limit: float = 300.0
+    """Seconds without progress after which a cell is given up."""
+    seed: int = 0
+    """Seed of inputs and of the order of samples."""
+    run: str | None = None
+    """Name of results/NAME.csv and plots/NAME/; default device and UTC time."""
+    output: str | None = None
+    """Folder that holds results/ and plots/; default this repository."""
+    resume: bool = False
+    """Go on with a run of that name; what is complete is not measured again."""
+
+
+def sweep(request: Sweep, console: Console) -> int:
+    """Runs a sweep; returns the exit status.
+
+    Raises:
+        ValueError: the request is wrong; nothing was run or written.
+    """
+    started = time.perf_counter()
+    groups = expand(request)
+    base = Path(request.output) if request.output else ROOT
+    csv_path = base / "results" / f"{groups[0].run}.csv"
+    plots = base / "plots" / groups[0].run
+    existed = csv_path.exists()
+    if existed and not request.resume:
+        raise ValueError(f"{csv_path} exists; choose another --run, or go on with it by --resume")
+    kept = read_rows(csv_path) if existed else []
+    _must_be_writable(csv_path.parent, plots.parent)
+    with Store(csv_path) as store:
+        clockwork, rows = _measure(request, groups, kept, store, console)
+    with clockwork.on("report"):
+        report.print_report(rows, console)
+        drawn = figures.draw_all(rows, plots)
+    _say_where(csv_path, plots, len(drawn), clockwork, time.perf_counter() - started, console)
+    return 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
+
+
+def expand(request: Sweep) -> list[Group]:
+    """Problem groups of a request, each checked as far as it can be without running.
+
+    Raises:
+        ValueError: a value is wrong, in one line.
+    """
+    request = _with_defaults(request)
+    for field in fields(request):
+        if getattr(request, field.name) == ():
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} is an empty list; name at least one"
+            )
+    _check_scalars(request)
+    cells = _cells(request)
+    blocks = [_block_size(text) for text in request.block_size]
+    groups = []
+    axes = (request.dtype, request.causal, request.head_dim, request.heads, request.batch)
+    for dtype, causal, dim, heads, batch in itertools.product(*axes):
+        for kv, n, block in itertools.product(
+            request.kv_heads or (heads,), request.seq_len, blocks
+        ):
+            p = Problem(batch=batch, q_heads=heads, kv_heads=kv, seq_len=n, head_dim=dim,
+                        dtype=dtype, causal=causal)  # fmt: skip
+            for cell in cells:
+                parse_method(cell.method).validate(p)
+            groups.append(
+                Group(problem=p, block_size=block, cells=cells, phases=request.phases,
+                      device=request.device, seed=request.seed, run=request.run,
+                      rounds=(min(5, request.rounds), request.rounds), seconds=request.seconds)
+            )  # fmt: skip
+    return groups
+
+
+def _with_defaults(request: Sweep) -> Sweep:
+    device = _device(request.device)
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    defaults = {
+        "seq_len": (1024, 4096, 16384) if on_gpu else (512, 1024, 2048, 4096),
+        "head_dim": (128,) if on_gpu else (64,),
+        "dtype": ("bfloat16",) if on_gpu else ("float32",),
+        "run": f"{name.lower().replace(' ', '-')}-{stamp}",
+        "device": str(device),
+    }
+    chosen = {k: v for k, v in defaults.items() if getattr(request, k) is None}
+    return replace(request, **chosen | {"device": str(device)})
+
+
+def default_device() -> torch.device:
+    """A GPU where there is one."""
+    return _device(None)
+
+
+def _device(text: str | None) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text is None:
+        return torch.device("cuda:0" if count else "cpu")
+    allowed = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    name = "cuda:0" if text == "cuda" else text
+    if name not in allowed:
+        raise ValueError(f"--device is {text!r}; this machine has {', '.join(allowed)}")
+    return torch.device(name)
+
+
+def _check_scalars(request: Sweep) -> None:
+    for phase in request.phases:
+        if phase not in PHASES:
+            raise ValueError(f"--phases has {phase!r}; it takes {', '.join(PHASES)}")
+    for name in ("rounds", "seconds", "time_limit"):
+        if not getattr(request, name) > 0:
+            given = getattr(request, name)
+            raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be above 0")
+    if Path(request.run).name != request.run or request.run in ("", ".", ".."):
+        raise ValueError(f"--run is {request.run!r}; it must be a plain file name")
+
+
+def _cells(request: Sweep) -> tuple[Cell, ...]:
+    """Methods x backends, as far as a backend computes a method; the baseline comes first."""
+    device = torch.device(request.device)
+    specs = dict.fromkeys((BASELINE, *request.methods))
+    parsed = {spec: parse_method(spec) for spec in specs}
+    backends = request.backends or _default_backends(device)
+    for name in backends:
+        if name not in BACKENDS:
+            raise ValueError(f"--backends has {name!r}; it takes {', '.join(BACKENDS)}")
+        missing = BACKENDS[name].missing(device)
+        if request.backends and missing:
+            raise ValueError(f"--backends has {name!r}, which this machine lacks: {missing}")
+    cells = tuple(
+        Cell(spec, name)
+        for spec, method in parsed.items()
+        for name in dict.fromkeys(backends)
+        if BACKENDS[name].computes(method)
+    )
+    for spec in request.methods:
+        if not any(cell.method == spec for cell in cells):
+            raise ValueError(
+                f"--methods has {spec!r}, which none of {', '.join(backends)} computes"
+            )
+    return cells
+
+
+def _default_backends(device: torch.device) -> tuple[str, ...]:
+    if device.type == "cuda":
+        return ("flex", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+    return ("flex", "blockwise", "sdpa-flash")
+
+
+def _block_size(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    sizes = tuple(int(part) for part in parts if part.isdecimal())
+    if len(sizes) != len(parts) or len(parts) > 2 or not all(16 <= x <= 4096 for x in sizes):
+        raise ValueError(f"--block-size has {text!r}; it takes ROWS or ROWSxKEYS, each 16 to 4096")
+    return (sizes[0], sizes[-1])
+
+
+def _must_be_writable(*folders: Path) -> None:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write in {folder}: {error.strerror}") from None
+
+
+def _measure(
+    request: Sweep, groups: list[Group], kept: list[Row], store: Store, console: Console
+) -> tuple[Clockwork, list[Row]]:
+    """Measures what is not complete yet; every group's rows are on disk before the next."""
+    clockwork = Clockwork()
+    with clockwork.on("start"):
+        worker = Worker(groups[0].device, request.time_limit)
+    try:
+        todo = [group for group in groups if not _complete(group, kept, worker.environment)]
+        stale = {(g.problem, g.block_size) for g in todo}
+        rows = [row for row in kept if (row.problem, (row.q_block, row.kv_block)) not in stale]
+        if len(rows) < len(kept):
+            store.replace(rows)
+        with _progress(console) as bar:
+            compile_times = _compile(request, todo, clockwork, bar)
+            task = bar.add_task("measuring", total=sum(_weight(group) for group in todo))
+            for group in todo:
+                bar.update(task, description=f"measuring {_title(group)}")
+                measured = worker.measure(group, clockwork)
+                for cell in group.cells:
+                    seconds = compile_times.get((group.problem, group.block_size, cell))
+                    measured[cell] = [replace(x, compile_s=seconds) for x in measured[cell]]
+                finished = [row for cell in group.cells for row in measured[cell]]
+                store.append(finished)
+                rows += finished
+                bar.advance(task, _weight(group))
+    finally:
+        worker.stop()
+    return clockwork, rows
+
+
+def _compile(
+    request: Sweep, todo: list[Group], clockwork: Clockwork, bar: Progress
+) -> CompileTimes:
+    task = bar.add_task("compiling ahead", total=sum(1 for _ in compile_jobs(todo)))
+    with clockwork.on("compile ahead"):
+        return compile_ahead(todo, request.time_limit, lambda: bar.advance(task))
+
+
+def _complete(group: Group, rows: Sequence[Row], env: Environment) -> bool:
+    """Whether every cell, phase and clock of a group has a row of this code and environment."""
+    same = [f.name for f in fields(Environment) if f.name not in ("git_sha", "code")]
+    have = {
+        (row.method, row.params, row.backend, row.phase, row.code)
+        for row in rows
+        if row.problem == group.problem
+        and (row.q_block, row.kv_block) == group.block_size
+        and all(getattr(row, name) == getattr(env, name) for name in same)
+    }
+    for cell in group.cells:
+        method, path = parse_method(cell.method), source_file(cell.method)
+        code = code_hash([path]) if path else env.code
+        for phase in group.phases:
+            if (method.name, parameters_text(method), cell.backend, phase, code) not in have:
+                return False
+    return True
+
+
+def _weight(group: Group) -> int:
+    return len(group.cells)
+
+
+def _title(group: Group) -> str:
+    p = group.problem
+    return f"N {p.seq_len}, heads {p.q_heads}, dim {p.head_dim}, {p.dtype}"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+def _say_where(
+    csv_path: Path, plots: Path, drawn: int, clockwork: Clockwork, total: float, console: Console
+) -> None:
+    spent = clockwork.spent | {"rest": total - sum(clockwork.spent.values())}
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
+    console.print(f"rows: {csv_path}\nfigures: {plots} ({drawn} files)", highlight=False)
+    console.print(f"time: {total:.0f} s ({parts})", highlight=False)
+    sys.stdout.flush()

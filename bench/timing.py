@@ -1,0 +1,126 @@
+"""One sample of a call, by one of three clocks that are never mixed.
+
+device: replay of a CUDA graph of several calls, divided by their number; host launch costs are
+outside. kernels: first kernel start to last kernel end by CUPTI, for what no graph can capture.
+host: what an eager caller waits, launch and synchronisation included.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Call = Callable[[], object]
+Sampler = Callable[[], float]
+
+REPLAY_US = 2000.0  # a replay at least this long makes the cost of starting it negligible
+
+
+def host_sampler(call: Call, device: torch.device) -> Sampler:
+    """Microseconds from call to completion; on CUDA with a flushed L2."""
+    if device.type == "cpu":
+        return lambda: _elapsed_us(call)
+    flush = torch.empty(2 * l2_bytes(device), dtype=torch.int8, device=device)
+
+    def synchronised() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    def sample() -> float:
+        flush.fill_(1)
+        torch.cuda.synchronize(device)
+        return _elapsed_us(synchronised)
+
+    return sample
+
+
+def device_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
+    """Microseconds a call by replay of a CUDA graph that goes round the calls.
+
+    Args:
+        calls: the same work on different inputs, together larger than twice the L2. A backward is
+            captured on the stream that its forward ran on, so the caller's current stream must
+            not be the default one (`use_side_stream`).
+
+    Raises:
+        RuntimeError: the work cannot be captured.
+    """
+    count = _calls_for(calls, device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+        for index in range(count):
+            calls[index % len(calls)]()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        torch.cuda.synchronize(device)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000 / count
+
+    # The graph knows addresses only: the tensors behind them live as long as the sampler.
+    sample.calls = calls
+    sample()
+    return sample
+
+
+def kernels_sampler(call: Call, device: torch.device) -> Sampler:
+    """Microseconds from the start of the call's first kernel to the end of its last, by CUPTI."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    flush = torch.empty(2 * l2_bytes(device), dtype=torch.int8, device=device)
+
+    def sample() -> float:
+        flush.fill_(1)
+        torch.cuda.synchronize(device)
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize(device)
+        spans = [
+            (event.time_range.start, event.time_range.end)
+            for event in profile.events()
+            if event.device_type == torch.profiler.DeviceType.CUDA
+        ]
+        return max(end for _, end in spans) - min(start for start, _ in spans)
+
+    return sample
+
+
+def l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def input_sets(bytes_each: int, device: torch.device) -> int:
+    """How many input sets exceed twice the L2 together, so that no call finds its own there."""
+    return max(1, math.ceil(2 * l2_bytes(device) / bytes_each))
+
+
+def use_side_stream(device: torch.device) -> None:
+    """Makes a stream that can be captured the current one, for the rest of the process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+def _calls_for(calls: Sequence[Call], device: torch.device) -> int:
+    """Calls a replay needs for REPLAY_US, a whole number of rounds over the input sets."""
+    for call in calls:
+        call()  # every lazy initialisation happens before the capture
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for call in calls:
+        call()
+    end.record()
+    end.synchronize()
+    each = max(start.elapsed_time(end) * 1000 / len(calls), 1.0)
+    return len(calls) * math.ceil(REPLAY_US / (each * len(calls)))
+
+
+def _elapsed_us(call: Call) -> float:
+    start = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - start) / 1000

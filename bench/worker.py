@@ -1,0 +1,231 @@
+"""Processes: workers that compile ahead, and the one that owns the device and may die."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+import torch
+import torch._functorch.config
+from torch._dynamo.utils import counters
+
+from bench import timing
+from bench.backends import BACKENDS, BACKWARD_PHASES
+from bench.measure import (
+    Cell,
+    Clockwork,
+    Group,
+    failure_rows,
+    first_calls,
+    measure_group,
+    one_line,
+)
+from bench.record import Environment, Row, environment
+from bench.specs import parse_method
+from methods import Problem
+
+SPAWN = multiprocessing.get_context("spawn")
+START_LIMIT = 300.0  # seconds to import and to open the device
+
+CompileTimes = dict[tuple[Problem, tuple[int, int], Cell], float | None]
+
+
+class CellFailed(RuntimeError):
+    """A cell took its process down; cell is None where none had begun."""
+
+    def __init__(self, cell: Cell | None, status: str, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.cell, self.status, self.reason = cell, status, reason
+
+
+class Worker:
+    """The process that owns the device; started again after a death."""
+
+    def __init__(self, device: str, time_limit: float) -> None:
+        self.device, self.time_limit = device, time_limit
+        self.environment = self._start()
+
+    def measure(self, group: Group, clockwork: Clockwork) -> dict[Cell, list[Row]]:
+        """Rows of every cell of a group, those of cells that took the process down among them.
+
+        Raises:
+            CellFailed: the process died before any cell had begun.
+        """
+        failed: dict[Cell, list[Row]] = {}
+        while len(failed) < len(group.cells):
+            cells = tuple(cell for cell in group.cells if cell not in failed)
+            try:
+                return failed | self._measure_once(replace(group, cells=cells), clockwork)
+            except CellFailed as death:
+                self.stop()
+                if death.cell is None:
+                    raise
+                failed[death.cell] = failure_rows(
+                    group, self.environment, death.cell, death.status, death.reason
+                )
+                self._start()
+        return failed
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _start(self) -> Environment:
+        self._connection, theirs = SPAWN.Pipe()
+        self._process = SPAWN.Process(target=_serve, args=(theirs, self.device), daemon=True)
+        self._process.start()
+        theirs.close()
+        return self._receive(None, START_LIMIT)[1]
+
+    def _measure_once(self, group: Group, clockwork: Clockwork) -> dict[Cell, list[Row]]:
+        self._connection.send(group)
+        running: Cell | None = None
+        while True:
+            kind, *content = self._receive(running, self.time_limit)
+            if kind == "running":
+                running = content[0]
+            elif kind == "failed":
+                raise CellFailed(running, "crash", content[0])
+            else:
+                rows, spent = content
+                for name, seconds in spent.items():
+                    clockwork.spent[name] = clockwork.spent.get(name, 0.0) + seconds
+                return rows
+
+    def _receive(self, running: Cell | None, limit: float) -> tuple:
+        try:
+            if self._connection.poll(limit):
+                return self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise CellFailed(running, "crash", _death(self._process.exitcode)) from None
+        raise CellFailed(running, "timeout", f"no progress within {limit:.0f} s")
+
+
+def _death(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"the process ended with status {exit_code}"
+    return f"the process was ended by {signal.Signals(-exit_code).name}"
+
+
+def _set_up() -> None:
+    """What compiled code must agree on in every process, or the on-disk caches would not serve."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    torch._functorch.config.donated_buffer = False  # a backward is run again on one graph
+
+
+def _serve(connection: Connection, device: str) -> None:
+    _set_up()
+    timing.use_side_stream(torch.device(device))
+    env = environment(torch.device(device))
+    connection.send(("ready", env))
+    while True:
+        try:
+            group = connection.recv()
+        except EOFError:
+            return  # the parent is gone
+        clockwork = Clockwork()
+        try:
+            rows = measure_group(
+                group, env, lambda cell: connection.send(("running", cell)), clockwork
+            )
+        except RuntimeError as error:
+            connection.send(("failed", one_line(error)))
+            return
+        connection.send(("done", rows, clockwork.spent))
+
+
+def compile_ahead(
+    groups: Sequence[Group], time_limit: float, on_done: Callable[[], None]
+) -> CompileTimes:
+    """Compiles every cell's kernels into the on-disk caches, on all cores.
+
+    What fails here fails again, with a name, when it is measured.
+
+    Returns:
+        Seconds of each cell's first calls; None where the caches had everything.
+    """
+    jobs = list(compile_jobs(groups))
+    times: CompileTimes = {}
+    if not jobs:
+        return times
+    processes = min(len(jobs), os.cpu_count() or 1)
+    pool = ProcessPoolExecutor(processes, mp_context=SPAWN, initializer=_set_up)
+    try:
+        futures = {pool.submit(_compile, group, cell): (group, cell) for group, cell in jobs}
+        for future in _as_finished(futures, START_LIMIT + time_limit):
+            group, cell = futures[future]
+            if future.exception() is None:
+                times[group.problem, group.block_size, cell] = future.result()
+            on_done()
+    except BaseException:
+        _kill(pool)
+        raise
+    if all(future.done() for future in futures):
+        pool.shutdown()
+    else:
+        _kill(pool)
+    return times
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """Ends a pool whose processes may hang."""
+    for process in list((pool._processes or {}).values()):  # the pool has no public way
+        process.kill()
+    pool.shutdown(cancel_futures=True)
+
+
+def compile_jobs(groups: Sequence[Group]) -> Iterator[tuple[Group, Cell]]:
+    """The cells whose first call compiles."""
+    for group in groups:
+        for cell in group.cells:
+            if BACKENDS[cell.backend].compiles and _wanted(group, cell):
+                yield group, cell
+
+
+def _as_finished(futures: Sequence[Future], limit: float) -> Iterator[Future]:
+    """Futures as they end, until nothing ends for so many seconds."""
+    left = set(futures)
+    while left:
+        done, left = wait(left, timeout=limit, return_when=FIRST_COMPLETED)
+        if not done:
+            return
+        yield from done
+
+
+def _wanted(group: Group, cell: Cell) -> list[str]:
+    """The phases that run the cell's compiled code."""
+    backend, device = BACKENDS[cell.backend], torch.device(group.device)
+    if backend.missing(device):
+        return []
+    method = parse_method(cell.method)
+    return [
+        phase
+        for phase in group.phases
+        if phase != "layout" and not backend.refuses(method, group.problem, device, phase)
+    ]
+
+
+def _compile(group: Group, cell: Cell) -> float | None:
+    p, device = group.problem, torch.device(group.device)
+    shapes = [(p.batch, h, p.seq_len, p.head_dim) for h in (p.q_heads, p.kv_heads, p.kv_heads)]
+    q, k, v = (
+        torch.randn(shape, device=device, dtype=p.torch_dtype, requires_grad=True)
+        for shape in shapes
+    )
+    attention = BACKENDS[cell.backend].build(
+        parse_method(cell.method), p, device, group.block_size
+    )
+    gradients = any(phase in BACKWARD_PHASES for phase in _wanted(group, cell))
+    counters.clear()
+    start = time.perf_counter()
+    first_calls(attention, (q, k, v, torch.randn_like(q)), gradients)
+    seconds = time.perf_counter() - start
+    return seconds if counters["inductor"]["fxgraph_cache_miss"] else None

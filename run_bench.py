@@ -1,0 +1,118 @@
+"""The command line: python run_bench.py [sweep | plot | list] --help."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from bench import figures, report
+from bench.backends import BACKENDS
+from bench.record import read_rows
+from bench.specs import parameters_text
+from bench.sweep import Sweep, default_device, sweep
+from methods import METHODS
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the figures and print the tables of a results file again."""
+
+    csv: tyro.conf.Positional[Path]
+    """A results file."""
+    output: Path | None = None
+    """Folder of the figures; default plots/NAME beside results/."""
+
+
+@dataclass(frozen=True)
+class List:
+    """Methods and backends, their parameters and papers, and what this machine lacks."""
+
+
+Command = (
+    Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments.insert(0, "sweep")
+    console = Console()
+    try:
+        command = _parse(arguments)
+        match command:
+            case Sweep():
+                return sweep(command, console)
+            case Plot():
+                return _plot(command, console)
+            case List():
+                return _list(console)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished groups are in the CSV, --resume goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parse(arguments: Sequence[str]) -> Sweep | Plot | List:
+    """tyro's answer, with its boxed complaint folded into one line.
+
+    Raises:
+        ValueError: a flag or a value is wrong.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Command, args=arguments, prog="run_bench.py")
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_unboxed(complaint.getvalue())) from None
+
+
+def _unboxed(complaint: str) -> str:
+    """The message of tyro's box: without its border, title, and pointers to the help."""
+    lines = [line.strip(" ╭╮╰╯│─") for line in complaint.splitlines()]
+    _title, *message = [line for line in lines if line.strip("-")]
+    return re.split(r"\s*(?:Argument helptext:|For full helptext|Got errors:)", " ".join(message))[0]
+
+
+def _plot(command: Plot, console: Console) -> int:
+    rows = read_rows(command.csv)
+    folder = command.output or command.csv.resolve().parent.parent / "plots" / command.csv.stem
+    report.print_report(rows, console)
+    drawn = figures.draw_all(rows, folder)
+    console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False)
+    return 0
+
+
+def _list(console: Console) -> int:
+    for name, method in METHODS.items():
+        about = (type(method).__doc__ or "").splitlines()[0]
+        console.print(f"[bold]{name}[/]  {parameters_text(method) or ''}\n    {about}")
+        console.print(f"    {method.paper}", highlight=False)
+    device = default_device()
+    console.print(f"\nbackends on {device}:")
+    for name, backend in BACKENDS.items():
+        missing = backend.missing(device)
+        absent = f"; not here: {missing}" if missing else ""
+        console.print(f"[bold]{name}[/]  {backend.about}{absent}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,42 @@
+"""Planted faults: the gate catches them, and the committed table says the same."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.faults import CLEAN, FAULTS, Finding, findings, read_table
+
+# (fault, method) that bfloat16 rounding hides, by sequence length; float32 hides none.
+HIDDEN: dict[int, set[tuple[str, str]]] = {1024: set(), 8192: set()}
+
+
+def caught(found: list[Finding]) -> set[tuple[str, str]]:
+    return {(x.fault, x.method) for x in found if x.caught}
+
+
+def expected(seq_len: int, dtype: str) -> set[tuple[str, str]]:
+    every = {(fault, method) for fault in FAULTS for method in ("spattention", "standard")}
+    return every - (HIDDEN[seq_len] if dtype == "bfloat16" else set())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gate_catches_planted_faults(dtype: str) -> None:
+    found = list(findings(1024, dtype))
+    assert caught(found) == expected(1024, dtype)
+    assert all(x.error_budget < 0.9 for x in found if x.fault == CLEAN)
+    # The committed table is of this gate: the same cases with the same figures.
+    table = {(x.fault, x.method): x for x in read_table() if (x.seq_len, x.dtype) == (1024, dtype)}
+    assert len(table) == len(found)
+    for x in found:
+        committed = table[x.fault, x.method].error_budget
+        assert x.error_budget == committed == math.inf or 0.5 < x.error_budget / committed < 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_committed_table_of_long_sequences(dtype: str) -> None:
+    table = [x for x in read_table() if (x.seq_len, x.dtype) == (8192, dtype)]
+    assert caught(table) == expected(8192, dtype)
+    assert all(x.caught == (x.error_budget > 1) for x in table)
+    assert sum(x.fault == CLEAN for x in table) == 2

@@ -1,0 +1,158 @@
+"""One group: the gate comes before every number, rounds are interleaved, failures are rows."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from bench import measure
+from bench.backends import BACKENDS
+from bench.measure import Cell, Clockwork, Group, measure_group
+from bench.record import PHASES, environment
+from methods import Problem
+
+GROUP = Group(
+    problem=Problem(seq_len=200, q_heads=4, kv_heads=2, head_dim=16, dtype="float32"),
+    block_size=(64, 32),
+    cells=(
+        Cell("standard", "blockwise"), Cell("spattention", "blockwise"),
+        Cell("standard", "sdpa-flash"),
+    ),
+    phases=PHASES, device="cpu", seed=3, rounds=(3, 6), seconds=0.0, run="test",
+)  # fmt: skip
+ENVIRONMENT = environment(torch.device("cpu"))
+
+
+def run(group=GROUP, announce=lambda cell: None):
+    return measure_group(group, ENVIRONMENT, announce, Clockwork())
+
+
+def test_every_cell_and_phase_has_a_gated_row():
+    rows = run()
+    assert list(rows) == list(GROUP.cells)
+    for cell, measured in rows.items():
+        assert [row.phase for row in measured] == list(PHASES)
+        for row in measured:
+            assert row.problem == GROUP.problem
+            assert (row.clock, row.method, row.backend) == ("host", cell.method, cell.backend)
+            assert 0 < row.error_budget <= 1
+            assert None not in (row.error_out, row.error_dq, row.error_dk, row.error_dv)
+            if row.phase == "layout" and cell.backend == "sdpa-flash":
+                assert (row.status, row.samples, row.computed_pairs) == ("unsupported", [], None)
+            else:
+                assert row.status == "ok"
+                assert row.rounds == "0;1;2"
+                assert row.ci_low_us <= row.median_us <= row.ci_high_us
+                assert min(row.samples) <= row.median_us <= max(row.samples)
+
+
+def test_pairs_are_those_of_the_method():
+    rows = run(replace(GROUP, phases=("fwd",)))
+    standard, ours, sdpa = (measured[0] for measured in rows.values())
+    assert standard.allowed_pairs == sdpa.allowed_pairs == 4 * 200 * 201 // 2
+    assert ours.allowed_pairs == 200 * 201 // 2
+    assert ours.allowed_pairs < ours.computed_pairs < standard.computed_pairs
+    assert standard.computed_pairs % (64 * 32) == 0
+
+
+def test_samples_are_interleaved():
+    """Every cell is sampled once a round before any is sampled twice, in changing orders."""
+    announced = []
+    run(replace(GROUP, phases=("fwd",)), announced.append)
+    preparing, sampling = announced[:3], announced[3:]
+    assert preparing == list(GROUP.cells)
+    rounds = [tuple(sampling[i : i + 3]) for i in range(0, len(sampling), 3)]
+    assert len(rounds) == 3
+    assert all(set(order) == set(GROUP.cells) for order in rounds)
+    assert len(set(rounds)) > 1
+
+
+def wrong(attention):
+    """An attention whose output misses one key block of one row block."""
+
+    def run(q, k, v):
+        out, lse = attention(q, k, v)
+        return out * torch.where(torch.arange(out.shape[2])[:, None] == 64, 1.05, 1.0), lse
+
+    return run
+
+
+def test_a_wrong_backend_gets_no_number(monkeypatch):
+    backend = BACKENDS["blockwise"]
+    broken = replace(backend, build=lambda *cell: wrong(backend.build(*cell)))
+    monkeypatch.setitem(BACKENDS, "blockwise", broken)
+    rows = run()
+    for row in rows[Cell("spattention", "blockwise")]:
+        assert (row.status, row.median_us, row.samples) == ("mismatch", None, [])
+        assert row.error_budget > 1
+        assert row.reason
+    assert {row.status for row in rows[Cell("standard", "sdpa-flash")]} == {"ok", "unsupported"}
+
+
+def raising(error, *cell):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError("needs 12 GiB"), "oom"),
+        (NotImplementedError("no such kernel"), "unsupported"),
+        (RuntimeError("a launch failed"), "crash"),
+    ],
+)
+def test_a_cell_that_cannot_run_is_a_row(monkeypatch, error, status):
+    broken = replace(BACKENDS["sdpa-flash"], build=partial(raising, error))
+    monkeypatch.setitem(BACKENDS, "sdpa-flash", broken)
+    rows = run(replace(GROUP, phases=("fwd", "bwd")))
+    for row in rows[Cell("standard", "sdpa-flash")]:
+        assert (row.status, row.median_us) == (status, None)
+        assert str(error) in row.reason
+    assert {row.status for row in rows[Cell("standard", "blockwise")]} == {"ok"}
+
+
+def test_what_does_not_fit_beside_the_others_runs_alone(monkeypatch):
+    build, attempts = BACKENDS["sdpa-flash"].build, []
+
+    def crowded(*cell):
+        attempts.append(cell)
+        if len(attempts) == 1:
+            raise MemoryError("the others hold it")
+        return build(*cell)
+
+    monkeypatch.setitem(BACKENDS, "sdpa-flash", replace(BACKENDS["sdpa-flash"], build=crowded))
+    rows = run(replace(GROUP, phases=("fwd",)))
+    (alone,), (beside,) = rows[Cell("standard", "sdpa-flash")], rows[Cell("standard", "blockwise")]
+    assert (alone.status, alone.rounds, len(alone.samples)) == ("ok", None, 3)
+    assert beside.rounds == "0;1;2"
+
+
+def test_two_variants_of_a_method_keep_their_rows_apart():
+    cells = tuple(Cell(f"sliding_window:window={w}", "blockwise") for w in (8, 16))
+    rows = run(replace(GROUP, cells=cells, phases=("fwd",)))
+    assert [rows[cell][0].params for cell in cells] == ["window=8", "window=16"]
+
+
+def test_memory_is_poisoned_before_the_gate(monkeypatch):
+    """An output that nobody writes must not pass because memory happened to hold it."""
+    backend = BACKENDS["blockwise"]
+
+    def unwritten(*cell):
+        attention = backend.build(*cell)
+
+        def run(q, k, v):
+            out, lse = attention(q, k, v)
+            junk = torch.empty_like(out)
+            last = torch.arange(out.shape[2])[:, None] == out.shape[2] - 1
+            return torch.where(last, junk, out), lse
+
+        return run
+
+    monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=unwritten))
+    (row,) = run(replace(GROUP, cells=GROUP.cells[:1], phases=("fwd",)))[GROUP.cells[0]]
+    assert row.status == "mismatch"
+
+
+def test_failures_say_what_they_are():
+    assert measure.one_line(ValueError("a\n  b")) == "ValueError: a b"

@@ -1,0 +1,122 @@
+"""The command line from end to end: a real process, its CSV, its exit status, its refusals."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run_bench
+from bench.record import ROOT, read_rows
+from bench.sweep import Sweep, expand
+
+SMALL = ["--seq-len", "96", "--heads", "4", "--head-dim", "16", "--rounds", "3", "--methods",
+         "spattention", "--backends", "blockwise", "sdpa-flash"]  # fmt: skip
+
+
+def run(*arguments, folder):
+    command = [sys.executable, str(ROOT / "run_bench.py"), *arguments, "--output", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_a_sweep_writes_rows_tables_and_figures_and_resumes(tmp_path):
+    first = run(*SMALL, "--run", "a", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / "results" / "a.csv"
+    rows = read_rows(path)
+    cells = {(row.method, row.backend) for row in rows}
+    assert cells == {("standard", "blockwise"), ("standard", "sdpa-flash"),
+                     ("spattention", "blockwise")}  # fmt: skip
+    assert len(rows) == len({(row.method, row.backend, row.phase) for row in rows}) == 12
+    assert "spattention" in first.stdout
+    assert list((tmp_path / "plots" / "a").glob("*.png"))
+
+    refused = run(*SMALL, "--run", "a", folder=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "--resume" in refused.stderr
+
+    text = path.read_text()
+    path.write_text(text + text.splitlines()[1][:40])  # as an interrupted write leaves it
+    again = run(*SMALL[:2], "96", "128", *SMALL[2:], "--run", "a", "--resume", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert path.read_text().startswith(text)  # what was complete is not measured again
+    assert [row.seq_len for row in read_rows(path)] == [96] * 12 + [128] * 12
+
+
+def test_incomplete_groups_are_measured_again_whole(tmp_path):
+    assert run(*SMALL, "--run", "a", folder=tmp_path).returncode == 0
+    path = tmp_path / "results" / "a.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]))
+    assert run(*SMALL, "--run", "a", "--resume", folder=tmp_path).returncode == 0
+    rows = read_rows(path)
+    assert len(rows) == len({(row.method, row.backend, row.phase) for row in rows}) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "spatention"], "did you mean spattention"),
+        (["--methods"], "--methods is an empty list"),
+        (["--seq-len"], "--seq-len is an empty list"),
+        (["--methods", "sliding_window:w=3"], "it has window"),
+        (["--heads", "6", "--kv-heads", "4"], "q_heads 6 is not a multiple of kv_heads 4"),
+        (["--seq-len", "0"], "seq_len is 0"),
+        (["--seq-len", "-4"], "seq_len is -4"),
+        (["--seq-len", "99999999999"], "1 to 16777216"),
+        (["--seq-len", "many"], "--seq-len"),
+        (["--head-dim", "8"], "head_dim is 8"),
+        (["--dtype", "fp8"], "bfloat16, float16, float32, float64"),
+        (["--device", "tpu"], "--device is 'tpu'"),
+        (["--backends", "sdpa-cudnn", "--device", "cpu"], "this machine lacks"),
+        (["--backends", "flexx"], "--backends has 'flexx'"),
+        (["--methods", "spattention", "--backends", "sdpa-flash"], "none of sdpa-flash computes"),
+        (["--phases", "step"], "--phases has 'step'"),
+        (["--block-size", "12"], "--block-size has '12'"),
+        (["--block-size", "64x"], "--block-size has '64x'"),
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--run", "a/b"], "--run is 'a/b'"),
+        (["--frobnicate", "3"], "--frobnicate"),
+        (["--methods", "nowhere.py:METHOD"], "does not exist"),
+        (["dance"], "dance"),
+        (["plot", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
+    writes = [] if arguments[0] in ("plot", "dance") else ["--output", str(tmp_path)]
+    assert run_bench.main([*arguments, *writes]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "results").touch()
+    assert run_bench.main([*SMALL, "--output", str(tmp_path)]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_every_combination_is_a_group_and_standard_is_always_there():
+    request = Sweep(methods=("spattention",), seq_len=(64, 128), heads=(4, 8), kv_heads=(2, 4),
+                    head_dim=(16,), causal=(True, False), device="cpu", block_size=("64", "64x32"))  # fmt: skip
+    groups = expand(request)
+    assert len(groups) == len({(g.problem, g.block_size) for g in groups}) == 2 * 2 * 2 * 2 * 2
+    assert {cell.method for cell in groups[0].cells} == {"standard", "spattention"}
+    assert groups[0].problem.dtype == "float32"
+
+
+def test_list_names_every_method_and_backend(capsys):
+    assert run_bench.main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ("spattention_released", "window=512", "sdpa-cudnn", "not here"):
+        assert name in out
+
+
+def test_the_command_line_is_its_own_help():
+    command = [sys.executable, str(Path(run_bench.__file__)), "sweep", "--help"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0
+    assert "--seq-len" in answer.stdout

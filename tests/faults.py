@@ -1,0 +1,246 @@
+"""Planted faults: each is put into what a kernel receives or returns, for any executor.
+
+`python -m tests.faults` runs all of them through the gate, with the plain PyTorch executor, and
+writes a table of what each one takes of its error budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from bench.oracle import Verdict, build_reference, cotangent, judge, sample_rows
+from methods import METHODS, Problem, block_mask
+from methods.blockwise import blockwise
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+Executor = Callable[[Tensor, Tensor, Tensor, BlockMask, float], tuple[Tensor, Tensor | None]]
+
+TABLE = Path(__file__).resolve().parent.parent / "results" / "cpu" / "faults.csv"
+CLEAN = "none"
+LISTS = (
+    "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+    "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a kernel.
+
+    Attributes:
+        block_mask: lists of full width with a place for every head, so that one head can differ.
+        finish: what becomes of (dq, dk, dv) after the backward.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_mask: BlockMask
+    scale: float
+    finish: Callable[[Gradients], Gradients] = lambda grads: grads
+
+    @property
+    def head(self) -> int:
+        """The head of the faults that sit in one head: a middle one."""
+        return self.q.shape[1] // 2
+
+
+def correct(call: Call) -> Call:
+    return call
+
+
+def mask_shifted(call: Call) -> Call:
+    """Every query sees the keys of the query before it."""
+    mask = call.block_mask.mask_mod
+    return _masked(call, lambda b, h, i, j: mask(b, h, i - 1, j))
+
+
+def one_key_more(call: Call) -> Call:
+    """One query in 64 sees the key after its last one too."""
+    mask = call.block_mask.mask_mod
+    return _masked(
+        call, lambda b, h, i, j: mask(b, h, i, j) | ((i % 64 == 17) & mask(b, h, i + 1, j))
+    )
+
+
+def one_key_less(call: Call) -> Call:
+    """One query in 64 does not see its last key."""
+    mask = call.block_mask.mask_mod
+    return _masked(
+        call, lambda b, h, i, j: mask(b, h, i, j) & ((i % 64 != 17) | mask(b, h, i - 1, j))
+    )
+
+
+def block_lost(call: Call) -> Call:
+    """The last block of queries, in one head, misses a block of keys: a full one if it can."""
+    lists = _lists(call)
+    place = (0, call.head, -1)
+    kind = "full_kv_num_blocks" if lists["full_kv_num_blocks"][place] else "kv_num_blocks"
+    lists[kind][place] -= 1
+    return _listed(call, lists)
+
+
+def partial_as_full(call: Call) -> Call:
+    """The last block of queries, in one head, takes its last partial block for a full one."""
+    lists = _lists(call)
+    place = (0, call.head, -1)
+    count, full = lists["kv_num_blocks"][place], lists["full_kv_num_blocks"][place]
+    count -= 1
+    lists["full_kv_indices"][place][full] = lists["kv_indices"][place][count]
+    full += 1
+    return _listed(call, lists)
+
+
+def q_list_missing(call: Call) -> Call:
+    """The last block of keys that is seen, in one head, lists no queries for the backward."""
+    lists = _lists(call)
+    counts = [lists[name][0, call.head] for name in ("q_num_blocks", "full_q_num_blocks")]
+    last = (counts[0] + counts[1]).nonzero()[-1]
+    for count in counts:
+        count[last] = 0
+    return _listed(call, lists)
+
+
+def scale_off(call: Call) -> Call:
+    """The scores are multiplied by 1.02 times the scale."""
+    return replace(call, scale=1.02 * call.scale)
+
+
+def nan_row(call: Call) -> Call:
+    """One query of one head is not a number."""
+    q = call.q.clone()
+    q[0, call.head, 3 * q.shape[2] // 4] = torch.nan
+    return replace(call, q=q)
+
+
+def gradient_twice(call: Call) -> Call:
+    """dK of one key and value head is added up twice."""
+
+    def finish(grads: Gradients) -> Gradients:
+        dq, dk, dv = grads
+        dk = dk.clone()
+        dk[0, dk.shape[1] // 2] *= 2
+        return dq, dk, dv
+
+    return replace(call, finish=finish)
+
+
+FAULTS: dict[str, Callable[[Call], Call]] = {
+    fault.__name__: fault
+    for fault in (
+        mask_shifted, one_key_more, one_key_less, block_lost, partial_as_full, q_list_missing,
+        scale_off, nan_row, gradient_twice,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; error_budget is the share of the budget, above 1 is caught."""
+
+    fault: str
+    method: str
+    seq_len: int
+    dtype: str
+    error_budget: float
+    caught: bool
+
+
+def on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float
+) -> tuple[Tensor, Tensor]:
+    return blockwise(q, k, v, mask, scale=scale)
+
+
+def verdicts(
+    name: str, p: Problem, device: torch.device | str = "cpu", execute: Executor = on_cpu,
+    block_size: tuple[int, int] = (128, 128),
+) -> Iterator[tuple[str, Verdict]]:  # fmt: skip
+    """The gate's verdict on the correct call, under the name "none", and on every fault."""
+    method, generator = METHODS[name], torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(
+            p.batch, heads, p.seq_len, p.head_dim, generator=generator, device=device
+        ).to(p.torch_dtype)
+        for heads in (p.q_heads, p.kv_heads, p.kv_heads)
+    )  # fmt: skip
+    rows = sample_rows(p, block_size[0], device)
+    cot = cotangent(p, rows, device)
+    reference = build_reference(method, p, q, k, v, rows, cot, block_size=block_size)
+    call = Call(q, k, v, block_mask(method, p, device, block_size), p.head_dim**-0.5)
+    for fault, plant in {CLEAN: correct, **FAULTS}.items():
+        faulty = plant(call)
+        inputs = [x.detach().requires_grad_() for x in (faulty.q, faulty.k, faulty.v)]
+        out, _ = execute(*inputs, faulty.block_mask, faulty.scale)
+        grads = faulty.finish(torch.autograd.grad(out, inputs, cot))
+        yield fault, judge(reference, out, None, grads)
+
+
+def findings(seq_len: int, dtype: str) -> Iterator[Finding]:
+    p = Problem(seq_len=seq_len, head_dim=64, dtype=dtype)
+    for method in ("spattention", "standard"):
+        for fault, verdict in verdicts(method, p):
+            excess = verdict.error_budget
+            yield Finding(fault, method, seq_len, dtype, excess, not verdict.passed)
+
+
+def read_table(path: Path = TABLE) -> list[Finding]:
+    with open(path, newline="") as file:
+        return [
+            Finding(
+                line["fault"], line["method"], int(line["seq_len"]), line["dtype"],
+                float(line["error_budget"]), line["caught"] == "True",
+            )
+            for line in csv.DictReader(file)
+        ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the table of planted faults.")
+    parser.add_argument("--output", type=Path, default=TABLE)
+    output = parser.parse_args().output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Finding))
+        for seq_len in (1024, 8192):
+            for dtype in ("float32", "bfloat16"):
+                for x in findings(seq_len, dtype):
+                    excess = f"{x.error_budget:.3g}"
+                    writer.writerow((x.fault, x.method, x.seq_len, x.dtype, excess, x.caught))
+                    print(f"{x.fault:16} {x.method:12} {x.seq_len:5} {x.dtype:9} {excess:>8}")
+
+
+def _masked(call: Call, mask_mod: Callable) -> Call:
+    mask = call.block_mask
+    lists = [getattr(mask, name) for name in LISTS]
+    altered = BlockMask(mask.seq_lengths, *lists, BLOCK_SIZE=mask.BLOCK_SIZE, mask_mod=mask_mod)
+    return replace(call, block_mask=altered)
+
+
+def _lists(call: Call) -> dict[str, Tensor]:
+    """Copies of the lists, with an entry for every head."""
+    heads = call.q.shape[1]
+    lists = {name: getattr(call.block_mask, name) for name in LISTS}
+    return {n: x.expand(-1, heads, *x.shape[2:]).clone() for n, x in lists.items()}
+
+
+def _listed(call: Call, lists: dict[str, Tensor]) -> Call:
+    mask = call.block_mask
+    altered = BlockMask(
+        mask.seq_lengths, *(lists[name] for name in LISTS),
+        BLOCK_SIZE=mask.BLOCK_SIZE, mask_mod=mask.mask_mod,
+    )  # fmt: skip
+    return replace(call, block_mask=altered)
+
+
+if __name__ == "__main__":
+    main()

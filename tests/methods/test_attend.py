@@ -1,0 +1,120 @@
+"""attend: every method through its executors, and what a compiled cell costs and refuses."""
+
+import pytest
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
+
+from methods import METHODS, Problem, attend
+from methods.attend import compiled_copy, plan
+
+
+def dense(method, q, k, v, causal=True):
+    """float64 attention under a method's mask; rows without a key are 0."""
+    p = Problem(
+        batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1], seq_len=q.shape[2],
+        head_dim=q.shape[3], causal=causal,
+    )  # fmt: skip
+    index = torch.arange(p.seq_len).expand(p.q_heads, -1)
+    k, v = (x.double().repeat_interleave(p.group, dim=1) for x in (k, v))
+    bias = METHODS[method].rows(p, q.device, index)
+    scores = q.double() @ k.mT / p.head_dim**0.5 + bias.clamp(min=-1e300)
+    return (scores.softmax(-1) * bias.isfinite()) @ v
+
+
+def tensors(n=200, heads=4, kv_heads=4, dim=16, dtype=torch.float32, grad=False):
+    generator = torch.Generator().manual_seed(n + heads + kv_heads)
+    return [
+        torch.randn(2, h, n, dim, generator=generator).to(dtype).requires_grad_(grad)
+        for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+@pytest.mark.parametrize("method", ["spattention", "local_only"])
+def test_forward_on_a_cpu_is_compiled_flex(method):
+    q, k, v = tensors()
+    before = counters["stats"]["unique_graphs"]
+    out = attend(q, k, v, method=method)
+    assert counters["stats"]["unique_graphs"] == before + 1
+    torch.testing.assert_close(out.double(), dense(method, q, k, v), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_and_float64_go_through_blockwise(method, causal):
+    if causal is False and method.startswith("mehc_"):
+        pytest.skip("the released stand-ins are causal")
+    q, k, v = tensors(n=150, kv_heads=2, dtype=torch.float64, grad=True)
+    out = attend(q, k, v, method=method, causal=causal)
+    expected = dense(method, q, k, v, causal)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    cotangent = torch.randn(out.shape, dtype=out.dtype)
+    for got, want in zip(
+        torch.autograd.grad(out, (q, k, v), cotangent),
+        torch.autograd.grad(expected, (q, k, v), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_tensors_that_want_gradients_run_under_no_grad():
+    q, k, v = tensors(grad=True)
+    with torch.no_grad():
+        out = attend(q, k, v, backend="eager")
+    torch.testing.assert_close(out.double(), dense("spattention", q, k, v), atol=5e-6, rtol=0)
+
+
+def test_more_than_eight_shapes_all_run_compiled():
+    """One code object holds eight compiled shapes; each cell has its own, so twelve compile."""
+    counters.clear()
+    for n in range(16, 16 * 13, 16):
+        x = torch.randn(2, n)
+        torch.testing.assert_close(compiled_copy(_double)(x), 2 * x)
+    assert counters["stats"]["unique_graphs"] == 12
+
+
+def test_flex_cells_compile_past_the_limit_of_one_code_object():
+    counters.clear()
+    for n in range(128, 128 + 9 * 8, 8):
+        p = Problem(seq_len=n, q_heads=1, head_dim=16, dtype="float32")
+        q, k, v = (torch.randn(1, 1, n, 16) for _ in range(3))
+        plan(METHODS["standard"], p, q.device, "flex")(q, k, v)
+    assert counters["stats"]["unique_graphs"] == 9
+
+
+def test_reaching_the_recompile_limit_raises():
+    call = compiled_copy(_double)
+    with pytest.raises(FailOnRecompileLimitHit):
+        for n in range(2, 12):
+            call(torch.randn(2, n))
+
+
+def _double(x):
+    return x + x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "longfromer"}, "longfromer"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"q": torch.zeros(2, 4, 200, 16, dtype=torch.float64)}, "differ in dtype"),
+        ({"k": torch.zeros(2, 4, 100, 16)}, "k [2, 4, 100, 16]"),
+        ({"q": torch.zeros(2, 6, 200, 16)}, "q_heads 6 is not a multiple of kv_heads 4"),
+        ({"q": torch.zeros(4, 200, 16)}, "attend needs q"),
+    ],
+)
+def test_bad_input_is_one_line(change, message):
+    q, k, v = tensors()
+    arguments = {"q": q, "k": k, "v": v} | change
+    with pytest.raises(ValueError) as caught:
+        attend(**arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_backward_of_flex_on_a_cpu_is_said():
+    q, k, v = tensors(grad=True)
+    with pytest.raises(ValueError, match="no backward on a CPU"):
+        attend(q, k, v, backend="flex")
