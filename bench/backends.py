@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from methods import Method, Problem
-from methods.attend import Attention, plan
+from methods.attend import plan
+
+Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 BACKWARD_PHASES = ("bwd", "fwd_bwd")
 
@@ -49,7 +51,7 @@ def _planned(name: str) -> Callable[..., Attention]:
     def build(
         method: Method, p: Problem, device: torch.device, block_size: tuple[int, int]
     ) -> Attention:
-        return plan(method, p, device, name, block_size)
+        return plan(method, p, name, block_size)
 
     return build
 

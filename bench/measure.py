@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,11 +15,10 @@ from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench import oracle, stats, timing
-from bench.backends import BACKENDS, BACKWARD_PHASES
+from bench.backends import BACKENDS, BACKWARD_PHASES, Attention
 from bench.record import Environment, Row, code_hash
 from bench.specs import parameters_text, parse_method, source_file
 from methods import Method, Problem, block_mask
-from methods.attend import Attention
 from methods.blocks import computed_pairs
 
 # How compilers and kernels say "not this shape on this chip".
@@ -193,13 +192,10 @@ class _Bench:
         """The cell's function, compiled, counted and gated."""
         method, backend = prepared.method, BACKENDS[prepared.cell.backend]
         attention = backend.build(method, self.p, self.device, self.group.block_size)
-        prepared.facts["allowed_pairs"] = method.allowed_pairs(self.p)
-        if backend.uses_blocks:
-            mask = self._block_mask(method)
-            prepared.facts["computed_pairs"] = computed_pairs(mask, self.p)
+        prepared.facts |= self._pairs(method, backend.uses_blocks)
         gradients = any(phase in BACKWARD_PHASES for phase in wanted)
         with self.clockwork.on("compile"):
-            self._first_calls(attention, gradients)
+            first_calls(attention, self.inputs[0], wanted)
         with self.clockwork.on("gate"):
             verdict = self._gate(method, attention, gradients)
         errors = ("error_out", "error_dq", "error_dk", "error_dv", "error_budget")
@@ -210,20 +206,27 @@ class _Bench:
             prepared.facts["peak_bytes"] = self._peak_bytes(attention)
         return attention
 
+    def _pairs(self, method: Method, uses_blocks: bool) -> dict[str, int]:
+        """Pairs that take part, and those in the blocks that a kernel visits."""
+        q, k, v = (x.detach() for x in self.inputs[0][:3])
+        state = method.prepare(q, k, self.p)
+        pairs = {"allowed_pairs": method.allowed_pairs(self.p, state)}
+        if uses_blocks:
+            layout = method.layout(q, k, v, self.p, state, self.group.block_size)
+            pairs["computed_pairs"] = computed_pairs(layout.block_mask, self.p)
+        return pairs
+
     def _block_mask(self, method: Method) -> BlockMask:
         narrow = self.device.type == "cuda"
         return block_mask(method, self.p, self.device, self.group.block_size, narrow=narrow)
-
-    def _first_calls(self, attention: Attention, gradients: bool) -> None:
-        """Compiles what the samplers will call: without gradients, then with them."""
-        first_calls(attention, self.inputs[0], gradients)
 
     def _gate(self, method: Method, attention: Attention, gradients: bool) -> oracle.Verdict:
         q, k, v, _ = self.inputs[0]
         if method not in self.references:
             self.references[method] = oracle.build_reference(
-                method, self.p, q.detach(), k.detach(), v.detach(), self.rows, self.cotangent
-            )
+                method, self.p, q.detach(), k.detach(), v.detach(), self.rows, self.cotangent,
+                block_size=self.group.block_size,
+            )  # fmt: skip
         _poison(self.device, 4 * q.numel() * q.element_size())
         if not gradients:
             out, lse = _forward(attention, q.detach(), k.detach(), v.detach())
@@ -257,10 +260,11 @@ class _Bench:
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
 
 
-def first_calls(attention: Attention, inputs: tuple[Tensor, ...], gradients: bool) -> None:
-    """Both ways in which samplers call: without gradients, and with them."""
-    phase_call(attention, "fwd", inputs)()
-    if gradients:
+def first_calls(attention: Attention, inputs: tuple[Tensor, ...], phases: Sequence[str]) -> None:
+    """What samplers will call: without gradients and with them, as far as the phases need it."""
+    if "fwd" in phases:
+        phase_call(attention, "fwd", inputs)()
+    if any(phase in BACKWARD_PHASES for phase in phases):
         _forward_backward(attention, inputs)
 
 

@@ -131,7 +131,7 @@ def sample_rows(p: Problem, q_block: int, device: torch.device | str, seed: int 
 def cotangent(p: Problem, rows: Tensor, device: torch.device | str, seed: int = 0) -> Tensor:
     """Cotangent of out [B, H, N, D], in the problem's type: normal in sampled rows, else 0."""
     # Inputs drawn with the same seed must not be the same numbers.
-    generator = torch.Generator(device).manual_seed(seed + (1 << 32))
+    generator = torch.Generator(device).manual_seed(seed + 0x5EED)
     shape = (p.batch, *rows.shape, p.head_dim)
     values = torch.randn(shape, generator=generator, device=device).to(p.torch_dtype)
     result = values.new_zeros(p.batch, p.q_heads, p.seq_len, p.head_dim)

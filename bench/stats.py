@@ -62,7 +62,8 @@ def median_interval(samples: Sequence[float], confidence: float = 0.99) -> Inter
         return Interval(median, None, None)
     if len(times) < FEW:
         return Interval(median, float(times.min()), float(times.max()))
-    return Interval(median, *_bootstrap(confidence, times))
+    low, high = _bootstrap(confidence, times)
+    return Interval(median, low * median, high * median)
 
 
 def relative_width(samples: Sequence[float], confidence: float = 0.99) -> float:
@@ -92,7 +93,8 @@ def ratio_interval(
         return _unpaired(_in_order(a_by_round), _in_order(b_by_round), confidence)
     a, b = (_times([side[r] for r in common]) for side in (a_by_round, b_by_round))
     ratio = float(np.median(a) / np.median(b))
-    return Ratio(ratio, *_bootstrap(confidence, a, b), True, len(common))
+    low, high = _bootstrap(confidence, a, b)
+    return Ratio(ratio, low * ratio, high * ratio, True, len(common))
 
 
 def _unpaired(a: list[float], b: list[float], confidence: float) -> Ratio:
@@ -115,14 +117,17 @@ def _reach(interval: Interval) -> tuple[float, float]:
 def _bootstrap(
     confidence: float, a: np.ndarray, b: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Ends of the interval of median(a), or of median(a) / median(b) with rounds drawn jointly."""
+    """Ends of the interval as factors of median(a), or of median(a) / median(b).
+
+    The rounds of a and b are drawn jointly.
+    """
     medians, middle = _log_medians(a), math.log(np.median(a))
     if b is not None:
         medians, middle = medians - _log_medians(b), middle - math.log(np.median(b))
     ends = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
-    low, high = middle + _widening(len(a), confidence) * (ends - middle)
+    low, high = _widening(len(a), confidence) * (ends - middle)
     # All draws can lie on one side of the middle, where samples come in two heaps.
-    return math.exp(min(low, middle)), math.exp(max(high, middle))
+    return math.exp(min(low, 0.0)), math.exp(max(high, 0.0))
 
 
 def _log_medians(times: np.ndarray) -> np.ndarray:

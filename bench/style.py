@@ -33,10 +33,10 @@ _KNOWN = (
     Style("#2f8f57", "P", ":"),
     Style("#cc79a7", "<", "-"),
     Style("#6a3d9a", "X", _DASH_DOT_DOT),
-    Style("#8c6d31", "*", ":"),
+    Style("#a08040", "*", ":"),
     Style("#cc79a7", "<", "-.", "none"),
     Style("#6a3d9a", "X", ":", "none"),
-    Style("#8c6d31", "*", "-", "none"),
+    Style("#a08040", "*", "-", "none"),
 )
 # Methods of the user's own, by order of appearance.
 _OTHERS = (

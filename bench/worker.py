@@ -16,7 +16,7 @@ import torch._functorch.config
 from torch._dynamo.utils import counters
 
 from bench import timing
-from bench.backends import BACKENDS, BACKWARD_PHASES
+from bench.backends import BACKENDS
 from bench.measure import (
     Cell,
     Clockwork,
@@ -223,9 +223,8 @@ def _compile(group: Group, cell: Cell) -> float | None:
     attention = BACKENDS[cell.backend].build(
         parse_method(cell.method), p, device, group.block_size
     )
-    gradients = any(phase in BACKWARD_PHASES for phase in _wanted(group, cell))
     counters.clear()
     start = time.perf_counter()
-    first_calls(attention, (q, k, v, torch.randn_like(q)), gradients)
+    first_calls(attention, (q, k, v, torch.randn_like(q)), _wanted(group, cell))
     seconds = time.perf_counter() - start
     return seconds if counters["inductor"]["fxgraph_cache_miss"] else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from methods.blockwise import blockwise
+from methods.longformer import Longformer, attend_globals
 from methods.method import DTYPES, Layout, Method, Problem, ScoreMod
 from methods.presets import resolve
 
 Executor = Callable[[Layout], tuple[Tensor, Tensor | None]]
-Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 EXECUTORS = ("flex", "eager", "blockwise")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -30,6 +31,8 @@ def attend(
     method: str | Method = "spattention",
     causal: bool = True,
     backend: str = "auto",
+    global_tokens: Tensor | None = None,
+    global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Sparse attention by any method of the suite.
 
@@ -41,6 +44,10 @@ def attend(
         backend: "flex" (compiled FlexAttention), "eager" (FlexAttention uncompiled, N x N scores),
             "blockwise" (plain PyTorch, any device, float64, both passes) or "auto": flex, but
             blockwise on a CPU where a gradient is asked for, and for float64 everywhere.
+        global_tokens: Longformer's global tokens of each sample, bool [B, N], in place of its
+            prefix.
+        global_qkv: Longformer's separate projections, shaped as q, k, v, for rows of global
+            tokens.
 
     Returns:
         [B, Hq, N, D] in the dtype of q; rows of queries that see no key are 0.
@@ -49,48 +56,61 @@ def attend(
         ValueError: shapes, dtypes or devices that do not go together, or an unknown name; one
             line says what was given and what is allowed.
     """
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        raise ValueError(
-            f"q, k, v differ in dtype or device: {q.dtype} {k.dtype} {v.dtype}, "
-            f"{q.device} {k.device} {v.device}"
-        )
-    wants_grad = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad
-    )
+    given = (q, k, v) if global_qkv is None else (q, k, v, *global_qkv)
+    if any(x.dtype != q.dtype or x.device != q.device for x in given):
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
+        raise ValueError(f"tensors differ in dtype or device: {kinds}; all must be as q")
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if backend == "auto":
         flex = q.dtype != torch.float64 and (q.is_cuda or not wants_grad)
         backend = "flex" if flex else "blockwise"
     if backend in ("flex", "eager") and not q.is_cuda:
         if wants_grad:
             raise ValueError(f"backend {backend!r} has no backward on a CPU; blockwise has")
-        q, k, v = q.detach(), k.detach(), v.detach()
+        q, k, v, *global_rows = (x.detach() for x in given)
+        global_qkv = None if global_qkv is None else tuple(global_rows)
     run = _cached_plan(method, q.shape, k.shape, v.shape, q.dtype, q.device, causal, backend)
-    return run(q, k, v)[0]
+    if global_tokens is None and global_qkv is None:
+        return run(q, k, v)[0]
+    if not isinstance(run.method, Longformer):
+        raise ValueError(f"{run.method.name} has no global tokens to be given; longformer has")
+    return attend_globals(run.method, q, k, v, run.problem, run.execute, global_tokens, global_qkv)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A function (q, k, v) -> (out, lse) for one problem, compiled on its first call.
+
+    lse is in token order, or None where the executor does not give it.
+    """
+
+    method: Method
+    problem: Problem
+    block_size: tuple[int, int]
+    execute: Executor
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        state = self.method.prepare(q, k, self.problem)
+        layout = self.method.layout(q, k, v, self.problem, state, self.block_size)
+        out, lse = self.execute(layout)
+        return (out, lse) if layout.restore is None else (layout.restore(out, lse), None)
 
 
 def plan(
     method: Method,
     p: Problem,
-    device: torch.device,
     backend: str,
     block_size: tuple[int, int] = (128, 128),
-) -> Attention:
-    """A function (q, k, v) -> (out, lse) for one problem, compiled on its first call.
+) -> Plan:
+    """The plan of a method on a backend of EXECUTORS.
 
-    lse is in token order, or None where the executor does not give it.
+    Raises:
+        ValueError: the backend is unknown, or the method's parameters do not fit the problem.
     """
     if backend not in EXECUTORS:
         raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(EXECUTORS)}")
     method.validate(p)
-    execute = executor(backend, p, block_size)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        state = method.prepare(q, k, p)
-        layout = method.layout(q, k, v, p, state, block_size)
-        out, lse = execute(layout)
-        return (out, lse) if layout.restore is None else (layout.restore(out, lse), None)
-
-    return run
+    return Plan(method, p, block_size, executor(backend, p, block_size))
 
 
 def executor(backend: str, p: Problem, block_size: tuple[int, int] = (128, 128)) -> Executor:
@@ -152,7 +172,7 @@ def _cached_plan(
     device: torch.device,
     causal: bool,
     backend: str,
-) -> Attention:
+) -> Plan:
     if len(q) != 4 or k != v or len(k) != 4 or (q[0], q[2], q[3]) != (k[0], k[2], k[3]):
         raise ValueError(
             "attend needs q [B, Hq, N, D] and k, v [B, Hkv, N, D]; "
@@ -164,4 +184,4 @@ def _cached_plan(
         batch=q[0], q_heads=q[1], kv_heads=k[1], seq_len=q[2], head_dim=q[3],
         dtype=_DTYPE_NAMES[dtype], causal=causal,
     )  # fmt: skip
-    return plan(resolve(method), p, device, backend)
+    return plan(resolve(method), p, backend)

@@ -90,10 +90,8 @@ class _Tile:
     row: Tensor  # [G], counted over batches, query heads and blocks
     b: Tensor  # [G, 1, 1]
     h: Tensor  # [G, 1, 1]
-    q: Tensor  # [G, 1] or [G, L], blocks of queries, counted within a head
-    kv: Tensor  # [G, L] or [G, 1]
-    q_at: Tensor  # the same, counted over batches and heads
-    kv_at: Tensor
+    q: Tensor  # [G, 1] or [G, L], blocks of queries, counted over batches and heads
+    kv: Tensor  # [G, L] or [G, 1], blocks of keys
     partial: int
     by_key: bool
 
@@ -106,7 +104,7 @@ class _Call:
         block_mask: BlockMask, score_mod: ScoreMod | None, scale: float,
     ) -> None:  # fmt: skip
         self.batch, self.heads, self.tokens, _ = q.shape
-        self.kv_heads = k.shape[1]
+        self.group = self.heads // k.shape[1]
         self.mask, self.score_mod, self.scale = block_mask, score_mod, scale
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.q_size, self.kv_size = block_mask.BLOCK_SIZE
@@ -122,13 +120,13 @@ class _Call:
         out = torch.zeros_like(self.q)
         lse = self.q.new_full(self.q.shape[:-1], -torch.inf)
         for tile in self._tiles(by_key=False):
-            scores = torch.bmm(_gather(self.q, tile.q_at), _gather(self.k, tile.kv_at).mT)
+            scores = torch.bmm(_gather(self.q, tile.q), _gather(self.k, tile.kv).mT)
             scores = self._mask(tile, self._modify(tile, scores))
             # Without keys all scores are -inf and the peak is not: weights of 0, never NaN.
             peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(self.dtype).min)
             weights = _exp_(scores.sub_(peak))
             total = weights.sum(-1, keepdim=True)
-            values = torch.bmm(weights, _gather(self.v, tile.kv_at))
+            values = torch.bmm(weights, _gather(self.v, tile.kv))
             # The peak adds 1 to the total, which is below 1 only without keys.
             out.index_copy_(0, tile.row, values.div_(total.clamp(min=1)))
             lse.index_copy_(0, tile.row, total.log_().add_(peak).squeeze(-1))
@@ -145,8 +143,8 @@ class _Call:
     def dq(self) -> Tensor:
         dq = torch.zeros_like(self.q)
         for tile in self._tiles(by_key=False):
-            q, dout, lse, delta = (_gather(x, tile.q_at) for x in self._query_side())
-            k, v = (_gather(x, tile.kv_at) for x in (self.k, self.v))
+            q, dout, lse, delta = (_gather(x, tile.q) for x in self._query_side())
+            k, v = (_gather(x, tile.kv) for x in (self.k, self.v))
             dp = torch.bmm(dout, v.mT).sub_(delta[..., None])
             _, ds = self._weights_and_ds(tile, torch.bmm(q, k.mT), lse[..., None], dp)
             dq.index_copy_(0, tile.row, torch.bmm(ds, k))
@@ -154,16 +152,16 @@ class _Call:
 
     def dk_dv(self) -> tuple[Tensor, Tensor]:
         """Found for every query head, then added up over the heads that share keys."""
-        shape = (len(self.k) * self.heads // self.kv_heads, *self.k.shape[1:])
+        shape = (len(self.k) * self.group, *self.k.shape[1:])
         dk, dv = self.k.new_zeros(shape), self.v.new_zeros(shape)
         for tile in self._tiles(by_key=True):
-            q, dout, lse, delta = (_gather(x, tile.q_at) for x in self._query_side())
-            k, v = (_gather(x, tile.kv_at) for x in (self.k, self.v))
+            q, dout, lse, delta = (_gather(x, tile.q) for x in self._query_side())
+            k, v = (_gather(x, tile.kv) for x in (self.k, self.v))
             dp = torch.bmm(v, dout.mT).sub_(delta[:, None])
             weights, ds = self._weights_and_ds(tile, torch.bmm(k, q.mT), lse[:, None], dp)
             dk.index_copy_(0, tile.row, torch.bmm(ds, q))
             dv.index_copy_(0, tile.row, torch.bmm(weights, dout))
-        return tuple(self._tokens(x).unflatten(1, (self.kv_heads, -1)).sum(2) for x in (dk, dv))
+        return tuple(self._tokens(x).unflatten(1, (-1, self.group)).sum(2) for x in (dk, dv))
 
     def _query_side(self) -> tuple[Tensor, ...]:
         return self.q, self.dout, self.lse, self.delta
@@ -193,7 +191,7 @@ class _Call:
             q_idx, kv_idx = self._positions(tile, tile.partial)
             allowed = self.mask.mask_mod(tile.b, tile.h, q_idx, kv_idx)
             if self.tokens % self.kv_size:
-                inside = _gather(self.inside, tile.kv[:, : tile.partial])
+                inside = _gather(self.inside, tile.kv[:, : tile.partial] % len(self.inside))
                 allowed = allowed & (inside[..., None] if tile.by_key else inside[:, None])
             masked = scores[..., : tile.partial * (self.q_size if tile.by_key else self.kv_size)]
             torch.where(allowed, masked, masked.new_full((), -torch.inf), out=masked)
@@ -201,8 +199,8 @@ class _Call:
 
     def _positions(self, tile: _Tile, listed: int | None = None) -> tuple[Tensor, Tensor]:
         """Query and key positions, which broadcast to scores of the first listed blocks."""
-        q_idx = _gather(self.q_idx, tile.q[:, :listed])
-        kv_idx = _gather(self.kv_idx, tile.kv[:, :listed])
+        q_idx = _gather(self.q_idx, tile.q[:, :listed] % len(self.q_idx))
+        kv_idx = _gather(self.kv_idx, tile.kv[:, :listed] % len(self.kv_idx))
         if tile.by_key:
             return q_idx[:, None], kv_idx[..., None]
         return q_idx[..., None], kv_idx[:, None]
@@ -214,25 +212,20 @@ class _Call:
         for row, partial, full in _groups(counts.expand(shape), full_counts.expand(shape)):
             b, h, own = torch.unravel_index(row, shape)
             listed = [_listed(indices, b, h, own, partial), _listed(full_indices, b, h, own, full)]
-            parts = self._locate(b, h, own[:, None], torch.cat(listed, -1), by_key)
-            size = TILE_ELEMENTS // ((partial + full) * self.q_size * self.kv_size)
-            for part in zip(*(x.split(max(1, size)) for x in (row, *parts)), strict=True):
+            q, kv = own[:, None], torch.cat(listed, -1)
+            if by_key:
+                q, kv = kv, q
+            head = (b * self.heads + h)[:, None]
+            q, kv = q + head * len(self.q_idx), kv + head // self.group * len(self.kv_idx)
+            size = max(1, TILE_ELEMENTS // ((partial + full) * self.q_size * self.kv_size))
+            parts = (row, b[:, None, None], h[:, None, None], q, kv)
+            for part in zip(*(x.split(size) for x in parts), strict=True):
                 yield _Tile(*part, partial, by_key)
-
-    def _locate(
-        self, b: Tensor, h: Tensor, own: Tensor, listed: Tensor, by_key: bool
-    ) -> tuple[Tensor, ...]:
-        """b, h, q, kv, q_at and kv_at of a tile."""
-        q, kv = (listed, own) if by_key else (own, listed)
-        b, h = b[:, None], h[:, None]
-        q_at = (b * self.heads + h) * (len(self.q) // (self.batch * self.heads)) + q
-        kv_head = h * self.kv_heads // self.heads
-        kv_at = (b * self.kv_heads + kv_head) * (len(self.k) // (self.batch * self.kv_heads)) + kv
-        return b[..., None], h[..., None], q, kv, q_at, kv_at
 
     def _tokens(self, x: Tensor) -> Tensor:
         """[B * Hq * blocks, size, ...] -> [B, Hq, N, ...]."""
-        return x.view(self.batch, self.heads, -1, *x.shape[2:])[:, :, : self.tokens]
+        x = x.view(self.batch, self.heads, -1, *x.shape[2:])
+        return x[:, :, : self.tokens].contiguous()
 
 
 def _lists(mask: BlockMask, by_key: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -170,7 +170,7 @@ class Method:
         bias = torch.zeros((), dtype=torch.float64, device=device)
         score_mod = self.score_mod(p, device, state)
         if score_mod is not None:
-            bias = score_mod(bias, b, h, queries, keys)
+            bias = score_mod(bias, b, h, queries, keys).double()
         shape = torch.broadcast_shapes(allowed.shape, bias.shape, (1, *index.shape, p.seq_len))
         return torch.where(allowed, bias, -torch.inf).expand(shape)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 
+from methods.bigbird import BigBird
+from methods.longformer import Longformer
+from methods.mehc import MehcBigBird, MehcLongformer, MehcReformer
 from methods.method import Method
 from methods.sliding_window import SlidingWindow
 from methods.spattention import GappedBands, LocalOnly, SPAttention, SPAttentionReleased
@@ -18,6 +21,11 @@ METHODS: dict[str, Method] = {
         SPAttention(),
         SPAttentionReleased(),
         GappedBands(),
+        Longformer(),
+        BigBird(),
+        MehcLongformer(),
+        MehcBigBird(),
+        MehcReformer(),
     )
 }
 

@@ -179,6 +179,8 @@ def test_cotangent_is_zero_outside_sampled_rows() -> None:
     rows = sample_rows(p, 128, CPU)
     cot = cotangent(p, rows, CPU)
     assert cot.dtype == torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    assert cot[0, 0, 0, 0] != torch.randn(4, generator=generator).bfloat16()[0]
     nonzero = (cot != 0).any(-1)
     expected = torch.zeros(3, 300, dtype=torch.bool).scatter_(1, rows, True)
     assert torch.equal(nonzero, expected.expand(2, -1, -1))
@@ -207,12 +209,13 @@ def test_correct_runs_pass(seed: int) -> None:
     verdict = judge(reference, *run_blockwise(method, p, inputs, cot))
     assert verdict.error_budget < 0.9, verdict.reason
     if method.name == "standard" and p.seq_len <= 512:
-        # PyTorch's kernel for the CPU adds up 16-bit gradients in 16 bits, block by block: on
-        # long sequences it is rightly outside the budget.
         out = F.scaled_dot_product_attention(*inputs, is_causal=p.causal, enable_gqa=p.group > 1)
-        verdict = judge(reference, out, None, torch.autograd.grad(out, inputs, cot))
-        limit = 1.0 if p.dtype in ("bfloat16", "float16") else 0.9
-        assert verdict.error_budget < limit, verdict.reason
+        # In 16 bits the error of its gradients on a CPU grows with the sequence, and from some
+        # length on it is rightly outside the budget; so only float32 and float64 are tested.
+        wide = p.dtype in ("float32", "float64")
+        grads = torch.autograd.grad(out, inputs, cot) if wide else None
+        verdict = judge(reference, out, None, grads)
+        assert verdict.error_budget < 0.9, verdict.reason
 
 
 def test_compiled_flex_passes() -> None:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from methods import METHODS, Problem, attend
 from methods.attend import compiled_copy, plan
+from methods.longformer import Longformer
 
 
 def dense(method, q, k, v, causal=True):
@@ -39,12 +41,12 @@ def test_forward_on_a_cpu_is_compiled_flex(method):
     torch.testing.assert_close(out.double(), dense(method, q, k, v), atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("causal", [True, False])
+CASES = [(m, c) for m in METHODS for c in (True, False) if c or not m.startswith("mehc_")]
+
+
+@pytest.mark.parametrize(("method", "causal"), CASES)
 def test_gradients_and_float64_go_through_blockwise(method, causal):
-    if causal is False and method.startswith("mehc_"):
-        pytest.skip("the released stand-ins are causal")
-    q, k, v = tensors(n=150, kv_heads=2, dtype=torch.float64, grad=True)
+    q, k, v = tensors(n=600, kv_heads=2, dtype=torch.float64, grad=True)
     out = attend(q, k, v, method=method, causal=causal)
     expected = dense(method, q, k, v, causal)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
@@ -52,6 +54,30 @@ def test_gradients_and_float64_go_through_blockwise(method, causal):
     for got, want in zip(
         torch.autograd.grad(out, (q, k, v), cotangent),
         torch.autograd.grad(expected, (q, k, v), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
+
+
+def test_longformers_global_tokens_and_their_projections():
+    """Rows of global tokens come from their own q, k, v and see everything, forward and back."""
+    method = Longformer(window=8)
+    q, k, v = tensors(n=60, dtype=torch.float64, grad=True)
+    own = tensors(n=60, dtype=torch.float64, grad=True)
+    chosen = torch.zeros(2, 60, dtype=torch.bool)
+    chosen[0, [3, 40]] = chosen[1, 17] = True
+    out = attend(q, k, v, method, causal=False, global_tokens=chosen, global_qkv=own)
+    near = (torch.arange(60)[:, None] - torch.arange(60)).abs() <= 4
+    seen = (near | chosen[:, None, :])[:, None]
+    ordinary = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    expected = torch.where(
+        chosen[:, None, :, None], F.scaled_dot_product_attention(*own), ordinary
+    )
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    cotangent = torch.randn_like(out)
+    for got, want in zip(
+        torch.autograd.grad(out, (q, k, v, *own), cotangent),
+        torch.autograd.grad(expected, (q, k, v, *own), cotangent),
         strict=True,
     ):
         torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
@@ -79,7 +105,7 @@ def test_flex_cells_compile_past_the_limit_of_one_code_object():
     for n in range(128, 128 + 9 * 8, 8):
         p = Problem(seq_len=n, q_heads=1, head_dim=16, dtype="float32")
         q, k, v = (torch.randn(1, 1, n, 16) for _ in range(3))
-        plan(METHODS["standard"], p, q.device, "flex")(q, k, v)
+        plan(METHODS["standard"], p, "flex")(q, k, v)
     assert counters["stats"]["unique_graphs"] == 9
 
 
@@ -99,10 +125,11 @@ def _double(x):
     [
         ({"method": "longfromer"}, "longfromer"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
-        ({"q": torch.zeros(2, 4, 200, 16, dtype=torch.float64)}, "differ in dtype"),
+        ({"q": torch.zeros(2, 4, 200, 16, dtype=torch.float64)}, "differ in dtype or device"),
         ({"k": torch.zeros(2, 4, 100, 16)}, "k [2, 4, 100, 16]"),
         ({"q": torch.zeros(2, 6, 200, 16)}, "q_heads 6 is not a multiple of kv_heads 4"),
         ({"q": torch.zeros(4, 200, 16)}, "attend needs q"),
+        ({"global_tokens": torch.zeros(2, 200, dtype=torch.bool)}, "spattention has no global"),
     ],
 )
 def test_bad_input_is_one_line(change, message):

@@ -16,7 +16,7 @@ from methods.mehc import MehcBigBird, MehcLongformer, MehcReformer
 from tests.methods.dense import CPU, assert_lists_equal, attention, both_masks, dense_mask
 
 METHODS = (MehcLongformer(), MehcBigBird(), MehcReformer())
-LENGTHS = (*range(1, 71), 99, 127, 128, 129, 255, 256, 257, 511, 512, 1000, 1024)
+LENGTHS = (*range(1, 71), 99, 127, 128, 129, 255, 256, 257, 511, 512, 1000, 1024, 1100)
 BLOCK_SIZES = ((16, 16), (16, 64), (64, 32), (128, 128))
 
 
