@@ -23,6 +23,9 @@ from bench.sweep import Sweep, default_device, sweep
 from methods import METHODS
 
 
+LOG_WIDTH = 160  # columns where the output is no terminal: enough for every column of a table
+
+
 @dataclass(frozen=True)
 class Plot:
     """Draw the figures and print the tables of a results file again."""
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "sweep")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
         command = _parse(arguments)
         match command:
@@ -88,7 +91,8 @@ def _unboxed(complaint: str) -> str:
     """The message of tyro's box: without its border, title, and pointers to the help."""
     lines = [line.strip(" ╭╮╰╯│─") for line in complaint.splitlines()]
     _title, *message = [line for line in lines if line.strip("-")]
-    return re.split(r"\s*(?:Argument helptext:|For full helptext|Got errors:)", " ".join(message))[0]
+    pointers = r"\s*(?:Argument helptext:|For full helptext|Got errors:)"
+    return re.split(pointers, " ".join(message))[0]
 
 
 def _plot(command: Plot, console: Console) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def mask_figure(method: Method, p: Problem, stem: Path) -> list[Path]:
     causal = "causal" if p.causal else "not causal"
     facts = [parameters.replace(",", ", ")] if parameters else []
     title = " · ".join([method.name, *facts, f"N {p.seq_len}", f"{p.q_heads} heads", causal])
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 26 * columns), fontsize=10)
     figure.supxlabel("key", fontsize=9)
     figure.supylabel("query", fontsize=9)
     return save(figure, stem)

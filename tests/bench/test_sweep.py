@@ -100,8 +100,10 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
 
 
 def test_every_combination_is_a_group_and_standard_is_always_there():
-    request = Sweep(methods=("spattention",), seq_len=(64, 128), heads=(4, 8), kv_heads=(2, 4),
-                    head_dim=(16,), causal=(True, False), device="cpu", block_size=("64", "64x32"))  # fmt: skip
+    request = Sweep(
+        methods=("spattention",), seq_len=(64, 128), heads=(4, 8), kv_heads=(2, 4),
+        head_dim=(16,), causal=(True, False), device="cpu", block_size=("64", "64x32"),
+    )  # fmt: skip
     groups = expand(request)
     assert len(groups) == len({(g.problem, g.block_size) for g in groups}) == 2 * 2 * 2 * 2 * 2
     assert {cell.method for cell in groups[0].cells} == {"standard", "spattention"}

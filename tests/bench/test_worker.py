@@ -35,7 +35,8 @@ DEADLY = """
 def group(tmp_path):
     path = tmp_path / "deadly.py"
     path.write_text(textwrap.dedent(DEADLY))
-    deadly = [Cell(f"{path}:METHOD:how={how!r}", "blockwise") for how in ("kill", "hang", "assert")]
+    ways = ("kill", "hang", "assert")
+    deadly = [Cell(f"{path}:METHOD:how={how!r}", "blockwise") for how in ways]
     return Group(
         problem=Problem(seq_len=64, q_heads=2, head_dim=16, dtype="float32"),
         block_size=(32, 32), cells=(deadly[0], Cell("standard", "blockwise"), *deadly[1:]),

@@ -25,8 +25,8 @@ HEADS = (1, 2, 3, 7, 8, 16, 33)
 SIZES = (16, 32, 64, 128)
 BLOCK_SIZES = tuple(product(SIZES, SIZES))
 SMALL = range(1, 301)  # every length
-DRAWN = 1320 // len(METHODS)  # longer lengths a preset
-ELEMENTS = 4_000_000  # of the mask that create_block_mask evaluates; one head may have more
+DRAWN = 1260 // len(METHODS)  # longer lengths a preset
+ELEMENTS = 2_000_000  # of the mask that create_block_mask evaluates; one head may have more
 
 
 def counts_and_indices(mask: BlockMask, kind: str) -> tuple[Tensor, Tensor]:

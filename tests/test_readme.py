@@ -1,0 +1,45 @@
+"""The README: its figures are those of the committed CSVs, and what it tells to write works."""
+
+import re
+from dataclasses import replace
+
+import torch
+
+from bench.measure import Cell, Clockwork, Group, measure_group
+from bench.readme import README, render
+from bench.record import ROOT, environment
+from bench.specs import parse_method
+from methods import Problem
+
+
+def test_every_figure_is_that_of_a_committed_csv():
+    text = README.read_text()
+    assert render(text) == text
+
+
+def test_every_picture_and_file_that_it_names_exists():
+    text = README.read_text()
+    named = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) + re.findall(
+        r"`((?:bench|methods)/\w+\.py)`", text
+    )
+    assert len(named) >= 3
+    for name in named:
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_method_of_the_example_is_measured(tmp_path):
+    source = re.search(r"```python\n(from dataclasses.*?)```", README.read_text(), re.DOTALL)[1]
+    (tmp_path / "mine.py").write_text(source)
+    spec = f"{tmp_path / 'mine.py'}:METHOD:window=48"
+    assert parse_method(spec).window == 48
+    group = Group(
+        problem=Problem(seq_len=256, q_heads=2, head_dim=16, dtype="float32"),
+        block_size=(64, 64), cells=(Cell(spec, "blockwise"), Cell(spec, "flex")),
+        phases=("fwd",), device="cpu", seed=0, rounds=(1, 1), seconds=1.0, run="test",
+    )  # fmt: skip
+    env = replace(environment(torch.device("cpu")), code="0")
+    rows = measure_group(group, env, lambda cell: None, Clockwork())
+    pairs = sum(i - j < 48 or j % 64 == 0 for i in range(256) for j in range(i + 1))
+    for cell in group.cells:
+        assert rows[cell][0].status == "ok", rows[cell][0].reason
+        assert rows[cell][0].allowed_pairs == 2 * pairs
