@@ -22,7 +22,6 @@ from bench.specs import parameters_text
 from bench.sweep import Sweep, default_device, sweep
 from methods import METHODS
 
-
 LOG_WIDTH = 160  # columns where the output is no terminal: enough for every column of a table
 
 

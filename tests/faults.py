@@ -1,23 +1,26 @@
 """Planted faults: each is put into what a kernel receives or returns, for any executor.
 
-`python -m tests.faults` runs all of them through the gate, with the plain PyTorch executor, and
-writes a table of what each one takes of its error budget.
+`python -m tests.faults` runs all of them through the gate, on a CPU with the plain PyTorch
+executor, with `--device cuda` through compiled FlexAttention, and writes a table of what each one
+takes of its error budget.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bench.oracle import Verdict, build_reference, cotangent, judge, sample_rows
 from methods import METHODS, Problem, block_mask
+from methods.attend import compiled_copy
 from methods.blockwise import blockwise
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -165,6 +168,16 @@ def on_cpu(
     return blockwise(q, k, v, mask, scale=scale)
 
 
+def on_cuda() -> Executor:
+    """Compiled FlexAttention, under a code object of its own: each faulty mask is a variant."""
+
+    return compiled_copy(_flex)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, None]:
+    return flex_attention(q, k, v, block_mask=mask, scale=scale), None
+
+
 def verdicts(
     name: str, p: Problem, device: torch.device | str = "cpu", execute: Executor = on_cpu,
     block_size: tuple[int, int] = (128, 128),
@@ -189,10 +202,11 @@ def verdicts(
         yield fault, judge(reference, out, None, grads)
 
 
-def findings(seq_len: int, dtype: str) -> Iterator[Finding]:
+def findings(seq_len: int, dtype: str, device: str = "cpu") -> Iterator[Finding]:
     p = Problem(seq_len=seq_len, head_dim=64, dtype=dtype)
     for method in ("spattention", "standard"):
-        for fault, verdict in verdicts(method, p):
+        execute = on_cpu if device == "cpu" else on_cuda()
+        for fault, verdict in verdicts(method, p, device, execute):
             excess = verdict.error_budget
             yield Finding(fault, method, seq_len, dtype, excess, not verdict.passed)
 
@@ -211,17 +225,19 @@ def read_table(path: Path = TABLE) -> list[Finding]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the table of planted faults.")
     parser.add_argument("--output", type=Path, default=TABLE)
-    output = parser.parse_args().output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as file:
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seq-len", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with args.output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Finding))
-        for seq_len in (1024, 8192):
-            for dtype in ("float32", "bfloat16"):
-                for x in findings(seq_len, dtype):
-                    excess = f"{x.error_budget:.3g}"
-                    writer.writerow((x.fault, x.method, x.seq_len, x.dtype, excess, x.caught))
-                    print(f"{x.fault:18} {x.method:12} {x.seq_len:5} {x.dtype:9} {excess:>8}")
+        for seq_len, dtype in itertools.product(args.seq_len, args.dtype):
+            for x in findings(seq_len, dtype, args.device):
+                excess = f"{x.error_budget:.3g}"
+                writer.writerow((x.fault, x.method, x.seq_len, x.dtype, excess, x.caught))
+                print(f"{x.fault:18} {x.method:12} {x.seq_len:5} {x.dtype:9} {excess:>8}")
 
 
 def _masked(call: Call, mask_mod: Callable) -> Call:
