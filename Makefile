@@ -21,6 +21,8 @@ clean:
 
 # --clear, since an older environment may hold another Python or packages no longer wanted.
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+		sys.version_info >= (3, 10) or sys.exit("Python %s is too old: 3.10 at least" % v)'
 	@echo "Installing into .venv, once: about 1.5 GB, with CUDA 5 GB"
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/pip install --quiet --quiet --disable-pip-version-check \

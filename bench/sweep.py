@@ -58,7 +58,7 @@ class Sweep:
     """cpu or cuda:0; by default a GPU where there is one."""
     rounds: int = 30
     """Most samples of a cell; they are taken in interleaved rounds, five at the least."""
-    seconds: float = 20.0
+    seconds: float = 10.0
     """A group's sampling ends after this time, or when every median is known to 1 %."""
     time_limit: float = 300.0
     """Seconds without progress after which a cell is given up."""

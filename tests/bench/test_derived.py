@@ -137,11 +137,11 @@ def test_layout_is_no_phase_of_a_board():
 
 
 def test_rounds_pair_within_one_run():
-    rounds = ";".join(map(str, range(6)))
-    a = {"samples_us": "2;4;6;8;10;12", "rounds": rounds}
-    b = {"samples_us": "1;2;3;4;5;6", "rounds": rounds}
+    rounds = ";".join(map(str, range(8)))
+    a = {"samples_us": "2;4;6;8;10;12;14;16", "rounds": rounds}
+    b = {"samples_us": "1;2;3;4;5;6;7;8", "rounds": rounds}
     paired = compare(make_row(**a), make_row(**b))
-    assert paired == (pytest.approx(2), pytest.approx(2), pytest.approx(2), True, 6)
+    assert paired == (pytest.approx(2), pytest.approx(2), pytest.approx(2), True, 8)
     for other in (b | {"run": "later"}, b | {"rounds": None}):
         unpaired = compare(make_row(**a), make_row(**other))
         assert not unpaired.paired

@@ -121,7 +121,7 @@ def test_lists_equal_create_block_mask(name: str) -> None:
         )
     assert seen["cases"] == len(SMALL) + DRAWN
     assert set(seen) >= {f"{h} heads" for h in HEADS} | {f"blocks of {x}" for x in BLOCK_SIZES}
-    # The reformer proxy allows two distances in three at most: no block of it is full.
+    # The Reformer proxy allows three distances in eight at most: no block of it is full.
     assert (seen.pop("full") >= 10) == (name != "mehc_reformer"), seen
     assert min(seen.values()) >= 10, seen
 
