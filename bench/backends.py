@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,16 @@ class Backend:
     def computes(self, method: Method) -> bool:
         return self.only is None or method.name in self.only
 
+    def refusal(self, method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
+        """Why this machine, method, problem and phase cannot be measured, or None."""
+        if phase == "layout" and not self.uses_blocks:
+            return "no block lists to build"
+        try:
+            method.validate(p)
+        except ValueError as error:
+            return str(error)
+        return self.missing(device) or self.refuses(method, p, device, phase)
+
 
 def _planned(name: str) -> Callable[..., Attention]:
     def build(
@@ -57,8 +69,12 @@ def _planned(name: str) -> Callable[..., Attention]:
 
 
 def _no_compiler(device: torch.device) -> str | None:
-    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if device.type != "cpu":
+        return None
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "FlexAttention's CPU kernel needs a C++ compiler (c++, g++ or clang++ on the PATH)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "FlexAttention's CPU kernel needs Python's headers (python3-dev)"
     return None
 
 

@@ -163,10 +163,7 @@ class _Bench:
         method, backend = parse_method(cell.method), BACKENDS[cell.backend]
         prepared = Prepared(cell, method)
         for phase in self.group.phases:
-            reason = backend.missing(self.device)
-            reason = reason or backend.refuses(method, self.p, self.device, phase)
-            if reason is None and phase == "layout" and not backend.uses_blocks:
-                reason = "no block lists to build"
+            reason = backend.refusal(method, self.p, self.device, phase)
             if reason is not None:
                 prepared.refused[phase] = ("unsupported", reason)
         wanted = [x for x in self.group.phases if x not in prepared.refused]

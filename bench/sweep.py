@@ -103,6 +103,7 @@ def expand(request: Sweep) -> list[Group]:
     Raises:
         ValueError: a value is wrong, in one line.
     """
+    asked = request.methods if request.methods != Sweep.methods else ()
     request = _with_defaults(request)
     for field in fields(request):
         if getattr(request, field.name) == ():
@@ -120,14 +121,26 @@ def expand(request: Sweep) -> list[Group]:
         ):
             p = Problem(batch=batch, q_heads=heads, kv_heads=kv, seq_len=n, head_dim=dim,
                         dtype=dtype, causal=causal)  # fmt: skip
-            for cell in cells:
-                parse_method(cell.method).validate(p)
             groups.append(
                 Group(problem=p, block_size=block, cells=cells, phases=request.phases,
                       device=request.device, seed=request.seed, run=request.run,
                       rounds=(min(5, request.rounds), request.rounds), seconds=request.seconds)
             )  # fmt: skip
+    for spec in asked:
+        _must_fit_one(spec, [group.problem for group in groups])
     return groups
+
+
+def _must_fit_one(spec: str, problems: Sequence[Problem]) -> None:
+    """Where a method fits some problems, the others are rows that say why not."""
+    method, refusals = parse_method(spec), []
+    for p in problems:
+        try:
+            method.validate(p)
+            return
+        except ValueError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _with_defaults(request: Sweep) -> Sweep:

@@ -32,6 +32,7 @@ from methods import Problem
 
 SPAWN = multiprocessing.get_context("spawn")
 START_LIMIT = 300.0  # seconds to import and to open the device
+STOP_LIMIT = 10.0  # seconds to clean up
 
 CompileTimes = dict[tuple[Problem, tuple[int, int], Cell], float | None]
 
@@ -63,6 +64,7 @@ class Worker:
             try:
                 return failed | self._measure_once(replace(group, cells=cells), clockwork)
             except CellFailed as death:
+                self._process.kill()
                 self.stop()
                 if death.cell is None:
                     raise
@@ -73,9 +75,11 @@ class Worker:
         return failed
 
     def stop(self) -> None:
+        """Ends the process: it leaves when nobody is at the other end, or is made to."""
+        self._connection.close()
+        self._process.join(STOP_LIMIT)
         self._process.kill()
         self._process.join()
-        self._connection.close()
 
     def _start(self) -> Environment:
         self._connection, theirs = SPAWN.Pipe()
@@ -202,14 +206,12 @@ def _as_finished(futures: Sequence[Future], limit: float) -> Iterator[Future]:
 
 def _wanted(group: Group, cell: Cell) -> list[str]:
     """The phases that run the cell's compiled code."""
-    backend, device = BACKENDS[cell.backend], torch.device(group.device)
-    if backend.missing(device):
-        return []
-    method = parse_method(cell.method)
+    backend, method = BACKENDS[cell.backend], parse_method(cell.method)
+    device = torch.device(group.device)
     return [
         phase
         for phase in group.phases
-        if phase != "layout" and not backend.refuses(method, group.problem, device, phase)
+        if phase != "layout" and not backend.refusal(method, group.problem, device, phase)
     ]
 
 

@@ -71,6 +71,8 @@ class Problem:
             raise ValueError(
                 f"q_heads {self.q_heads} is not a multiple of kv_heads {self.kv_heads}"
             )
+        if type(self.causal) is not bool:
+            raise ValueError(f"causal is {self.causal!r}; it must be True or False")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
 

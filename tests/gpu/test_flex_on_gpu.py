@@ -10,6 +10,7 @@ from methods import METHODS, Problem, attend, block_mask
 
 pytestmark = pytest.mark.gpu
 
+PUBLISHED = [name for name in METHODS if not name.startswith("mehc_")]
 # What this kernel says where a problem is beyond the chip: its tiles do not fit.
 BEYOND = ("out of resource", "No valid triton configs", "No choices")
 
@@ -18,7 +19,7 @@ def groups(problems, block_size=(128, 128)):
     return [
         Group(
             problem=p, block_size=block_size,
-            cells=tuple(Cell(name, "flex") for name in METHODS), phases=("fwd_bwd",),
+            cells=tuple(Cell(name, "flex") for name in PUBLISHED), phases=("fwd_bwd",),
             device="cuda:0", seed=1, rounds=(1, 1), seconds=1.0, run="test",
         )
         for p in problems
@@ -44,7 +45,7 @@ def test_every_preset_dtype_and_head_dim_is_right_or_says_why():
         Problem(seq_len=1000, q_heads=8, kv_heads=2, head_dim=dim, dtype=dtype, causal=causal)
         for dim in (16, 32, 64, 96, 128, 192, 256)
         for dtype in ("bfloat16", "float16", "float32")
-        for causal in ((True, False) if dim == 64 else (True,))
+        for causal in ((True, False) if (dim, dtype) == (64, "bfloat16") else (True,))
     ]
     seen = []
     for group, cell, row in statuses(groups(problems)):
@@ -56,7 +57,7 @@ def test_every_preset_dtype_and_head_dim_is_right_or_says_why():
             assert row.status == "ok", place
             assert row.error_budget <= 1, place
         seen.append(row.status)
-    assert len(seen) == len(problems) * len(METHODS)
+    assert len(seen) == len(problems) * len(PUBLISHED)
     assert seen.count("ok") >= 0.85 * len(seen)
 
 
@@ -65,6 +66,7 @@ def test_other_block_sizes(block_size):
     p = Problem(seq_len=1100, head_dim=64)
     for _, cell, row in statuses(groups([p], block_size)):
         assert row.status == "ok", f"{cell.method}: {row.reason}"
+        assert (row.q_block, row.kv_block) == block_size
 
 
 def test_a_million_tokens_forward_and_backward():
