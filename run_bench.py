@@ -32,7 +32,7 @@ class Plot:
     csv: tyro.conf.Positional[Path]
     """A results file."""
     output: Path | None = None
-    """Folder of the figures; default plots/NAME beside results/."""
+    """Folder of the figures; default plots/NAME for results/NAME.csv."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,20 @@ def _unboxed(complaint: str) -> str:
 
 def _plot(command: Plot, console: Console) -> int:
     rows = read_rows(command.csv)
-    folder = command.output or command.csv.resolve().parent.parent / "plots" / command.csv.stem
+    folder = command.output or _plots_of(command.csv.resolve())
     report.print_report(rows, console)
     drawn = figures.draw_all(rows, folder)
     console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False)
     return 0
+
+
+def _plots_of(path: Path) -> Path:
+    """plots/NAME for results/NAME.csv, however deep; else a folder beside the file."""
+    parts = list(path.with_suffix("").parts)
+    if "results" not in parts:
+        return Path(*parts)
+    parts[len(parts) - 1 - parts[::-1].index("results")] = "plots"
+    return Path(*parts)
 
 
 def _list(console: Console) -> int:

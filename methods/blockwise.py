@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from methods.method import ScoreMod
 
 # Scores computed at a time: enough to hide the cost of a call, few enough to stay in a cache.
-TILE_ELEMENTS = 1 << 19
+TILE_ELEMENTS = 1 << 20
 
 
 def blockwise(
@@ -217,7 +217,9 @@ class _Call:
                 q, kv = kv, q
             head = (b * self.heads + h)[:, None]
             q, kv = q + head * len(self.q_idx), kv + head // self.group * len(self.kv_idx)
-            size = max(1, TILE_ELEMENTS // ((partial + full) * self.q_size * self.kv_size))
+            fit = TILE_ELEMENTS // ((partial + full) * self.q_size * self.kv_size)
+            # A power of two: threads share the products of a batch evenly.
+            size = 1 << max(0, fit.bit_length() - 1)
             parts = (row, b[:, None, None], h[:, None, None], q, kv)
             for part in zip(*(x.split(size) for x in parts), strict=True):
                 yield _Tile(*part, partial, by_key)

@@ -26,7 +26,9 @@ from methods.blockwise import blockwise
 Gradients = tuple[Tensor, Tensor, Tensor]
 Executor = Callable[[Tensor, Tensor, Tensor, BlockMask, float], tuple[Tensor, Tensor | None]]
 
-TABLE = Path(__file__).resolve().parent.parent / "results" / "cpu" / "faults.csv"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+TABLE = RESULTS / "cpu" / "faults.csv"
+GPU_TABLE = RESULTS / "h200" / "faults.csv"
 CLEAN = "none"
 LISTS = (
     "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
-from tests.faults import CLEAN, FAULTS, Finding, findings, read_table
+from tests.faults import CLEAN, FAULTS, GPU_TABLE, TABLE, Finding, findings, read_table
 
 METHODS = ("spattention", "standard")
 # What the rounding of bfloat16 hides; float32 hides nothing.
@@ -34,9 +35,13 @@ def test_gate_catches_planted_faults(dtype: str) -> None:
         assert x.error_budget == committed == math.inf or 0.5 < x.error_budget / committed < 2
 
 
+LONG = [(TABLE, 8192), (GPU_TABLE, 8192), (GPU_TABLE, 32768)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_committed_table_of_long_sequences(dtype: str) -> None:
-    table = [x for x in read_table() if (x.seq_len, x.dtype) == (8192, dtype)]
+@pytest.mark.parametrize(("path", "seq_len"), LONG)
+def test_committed_tables_of_long_sequences(path: Path, seq_len: int, dtype: str) -> None:
+    table = [x for x in read_table(path) if (x.seq_len, x.dtype) == (seq_len, dtype)]
     assert caught(table) == expected(dtype)
     assert all(x.caught == (x.error_budget > 1) for x in table)
     assert sorted(x.fault for x in table) == sorted([CLEAN, *FAULTS] * len(METHODS))
