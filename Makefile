@@ -1,12 +1,13 @@
 # make bench                          measure, draw, print: the default sweep of this machine
 # make bench ARGS="--seq-len 1024"    any arguments of run_bench.py
 # make test                           format, lint, tests
+# make readme                         the README's figures, from the committed results
 # The first of them installs everything into .venv.
 
 PYTHON ?= python3
 ARGS =
 
-.PHONY: bench test clean
+.PHONY: bench test readme clean
 
 bench: .venv/installed
 	.venv/bin/python run_bench.py $(ARGS)
@@ -15,6 +16,9 @@ test: .venv/installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pytest
+
+readme: .venv/installed
+	.venv/bin/python -m bench.readme
 
 clean:
 	rm -rf .venv
