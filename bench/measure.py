@@ -67,6 +67,7 @@ class Prepared:
     cell: Cell
     method: Method
     facts: dict = field(default_factory=dict)
+    layout_bytes: int | None = None
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
     samplers: dict[tuple[str, str], timing.Sampler] = field(default_factory=dict)
     samples: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)
@@ -199,8 +200,14 @@ class _Bench:
         prepared.facts |= {name: getattr(verdict, name) for name in errors}
         if not verdict.passed:
             prepared.refused |= {x: ("mismatch", verdict.reason) for x in wanted}
-        elif self.device.type == "cuda" and gradients:
-            prepared.facts["peak_bytes"] = self._peak_bytes(attention)
+        elif self.device.type == "cuda":
+            if gradients:
+                own = sum(x.nbytes for x in self.inputs[0])
+                call = partial(_forward_backward, attention, self.inputs[0])
+                prepared.facts["peak_bytes"] = own + self._peak_bytes(call)
+            if "layout" in wanted:
+                build = partial(self._block_mask, method)
+                prepared.layout_bytes = self._peak_bytes(build)
         return attention
 
     def _pairs(self, method: Method, uses_blocks: bool) -> dict[str, int]:
@@ -232,13 +239,13 @@ class _Bench:
         grads = torch.autograd.grad(out, (q, k, v), self.cotangent)
         return oracle.judge(self.references[method], out.detach(), lse, grads)
 
-    def _peak_bytes(self, attention: Attention) -> int:
+    def _peak_bytes(self, call: timing.Call) -> int:
+        """Device memory at the peak of a call, less what was taken before it."""
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        _forward_backward(attention, self.inputs[0])
+        call()
         torch.cuda.synchronize(self.device)
-        own = sum(x.nbytes for x in self.inputs[0])
-        return torch.cuda.max_memory_allocated(self.device) - before + own
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     def _add_samplers(self, prepared: Prepared, attention: Attention, phase: str) -> None:
         if phase == "layout":
@@ -332,6 +339,8 @@ def _row(
     status, reason = prepared.refused.get(phase, ("ok", None))
     user_file = source_file(prepared.cell.method)
     values = asdict(env) | ({"code": code_hash([user_file])} if user_file else {})
+    if phase == "layout":
+        values["peak_bytes"] = prepared.layout_bytes
     if taken:
         samples = [us for _, us in taken]
         median, low, high = stats.median_interval(samples)
@@ -346,7 +355,7 @@ def _row(
         backend=prepared.cell.backend, **asdict(group.problem),
         q_block=group.block_size[0], kv_block=group.block_size[1], phase=phase, clock=clock,
         l2=None if group.device == "cpu" or phase == "layout" else "cold",
-        status=status, reason=reason, **prepared.facts, **values,
+        status=status, reason=reason, **prepared.facts | values,
     )  # fmt: skip
 
 

@@ -313,8 +313,9 @@ def _headline_lines(found: Sequence[Board], backend: str) -> Iterator[str]:
     yield _line(["---", *("---:" for _ in found)])
     cells = list(dict.fromkeys(c for board in found for c in board.cells if c.backend == backend))
     methods = in_order(cell.method for cell in cells)
-    for cell in sorted(cells, key=lambda cell: methods.index(cell.method)):
-        yield _line([f"`{cell.label}`", *(_headline_cell(board, cell) for board in found)])
+    cells.sort(key=lambda cell: methods.index(cell.method))
+    for cell, label in zip(cells, _labels(cells), strict=True):
+        yield _line([f"`{label}`", *(_headline_cell(board, cell) for board in found)])
     dense = [board.fastest_dense("fwd_bwd") for board in found]
     if any(cell is not None and cell.backend != backend for cell in dense):
         texts = (
