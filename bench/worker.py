@@ -162,28 +162,25 @@ def compile_ahead(
         return times
     processes = min(len(jobs), os.cpu_count() or 1)
     pool = ProcessPoolExecutor(processes, mp_context=SPAWN, initializer=_set_up)
+    futures: dict[Future, tuple[Group, Cell]] = {}
     try:
-        futures = {pool.submit(_compile, group, cell): (group, cell) for group, cell in jobs}
+        futures |= {pool.submit(_compile, group, cell): (group, cell) for group, cell in jobs}
         for future in _as_finished(futures, START_LIMIT + time_limit):
             group, cell = futures[future]
             if future.exception() is None:
                 times[group.problem, group.block_size, cell] = future.result()
             on_done()
-    except BaseException:
-        _kill(pool)
-        raise
-    if all(future.done() for future in futures):
-        pool.shutdown()
-    else:
-        _kill(pool)
+    finally:
+        if not all(future.done() for future in futures):
+            _kill(pool)
+        pool.shutdown(cancel_futures=True)
     return times
 
 
 def _kill(pool: ProcessPoolExecutor) -> None:
-    """Ends a pool whose processes may hang."""
-    for process in list((pool._processes or {}).values()):  # the pool has no public way
+    """Ends a pool whose processes may hang; the pool itself only ever waits for them."""
+    for process in list((pool._processes or {}).values()):
         process.kill()
-    pool.shutdown(cancel_futures=True)
 
 
 def compile_jobs(groups: Sequence[Group]) -> Iterator[tuple[Group, Cell]]:

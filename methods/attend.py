@@ -57,24 +57,31 @@ def attend(
             line says what was given and what is allowed.
     """
     given = (q, k, v) if global_qkv is None else (q, k, v, *global_qkv)
-    if any(x.dtype != q.dtype or x.device != q.device for x in given):
-        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
-        raise ValueError(f"tensors differ in dtype or device: {kinds}; all must be as q")
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    if backend == "auto":
-        flex = q.dtype != torch.float64 and (q.is_cuda or not wants_grad)
-        backend = "flex" if flex else "blockwise"
+    backend = _backend_for(given, backend)
     if backend in ("flex", "eager") and not q.is_cuda:
-        if wants_grad:
-            raise ValueError(f"backend {backend!r} has no backward on a CPU; blockwise has")
-        q, k, v, *global_rows = (x.detach() for x in given)
-        global_qkv = None if global_qkv is None else tuple(global_rows)
+        q, k, v, *own = (x.detach() for x in given)  # this kernel refuses leaves that want grads
+        global_qkv = None if global_qkv is None else tuple(own)
     run = _cached_plan(method, q.shape, k.shape, v.shape, q.dtype, q.device, causal, backend)
     if global_tokens is None and global_qkv is None:
         return run(q, k, v)[0]
     if not isinstance(run.method, Longformer):
         raise ValueError(f"{run.method.name} has no global tokens to be given; longformer has")
     return attend_globals(run.method, q, k, v, run.problem, run.execute, global_tokens, global_qkv)
+
+
+def _backend_for(given: tuple[Tensor, ...], backend: str) -> str:
+    """The executor of a call, "auto" resolved."""
+    q = given[0]
+    if any(x.dtype != q.dtype or x.device != q.device for x in given):
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
+        raise ValueError(f"tensors differ in dtype or device: {kinds}; all must be as q")
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if backend == "auto":
+        flex = q.dtype != torch.float64 and (q.is_cuda or not wants_grad)
+        return "flex" if flex else "blockwise"
+    if backend in ("flex", "eager") and wants_grad and not q.is_cuda:
+        raise ValueError(f"backend {backend!r} has no backward on a CPU; blockwise has")
+    return backend
 
 
 @dataclass(frozen=True, eq=False)

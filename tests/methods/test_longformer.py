@@ -17,6 +17,7 @@ from methods.blocks import computed_pairs
 from methods.blockwise import blockwise
 from methods.longformer import Longformer, attend_globals
 from methods.residue import ResidueOrder
+from methods.standard import Standard
 from tests.methods.dense import (
     CPU,
     assert_lists_equal,
@@ -371,8 +372,14 @@ def test_parameters_that_do_not_fit(method: Longformer, message: str) -> None:
 
 
 def test_parameters_at_the_limit_fit() -> None:
-    Longformer(window=20, n_global=100, dilation=(1, 1, 9)).validate(problem(100))
-    Longformer(window=4096).validate(problem(100))
+    """As many global tokens as there are, or a window wider than the sequence: dense."""
+    p = problem(100)
+    for method in (
+        Longformer(window=20, n_global=100, dilation=(1, 1, 9)),
+        Longformer(window=4096),
+    ):
+        method.validate(p)
+        assert method.allowed_pairs(p) == Standard().allowed_pairs(p)
 
 
 @pytest.mark.parametrize(
