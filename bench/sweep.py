@@ -19,7 +19,7 @@ from bench.measure import Cell, Clockwork, Group
 from bench.record import PHASES, ROOT, Environment, Row, Store, code_hash, read_rows
 from bench.specs import parameters_text, parse_method, source_file
 from bench.worker import CompileTimes, Worker, compile_ahead, compile_jobs
-from methods import METHODS, Problem
+from methods import METHODS, Method, Problem
 
 BASELINE = "standard"
 
@@ -190,8 +190,9 @@ def _check_scalars(request: Sweep) -> None:
 def _cells(request: Sweep) -> tuple[Cell, ...]:
     """Methods x backends, as far as a backend computes a method; the baseline comes first."""
     device = torch.device(request.device)
-    specs = dict.fromkeys((BASELINE, *request.methods))
-    parsed = {spec: parse_method(spec) for spec in specs}
+    parsed: dict[Method, str] = {}
+    for spec in (BASELINE, *request.methods):
+        parsed.setdefault(parse_method(spec), spec)  # one cell, however often it is named
     backends = request.backends or _default_backends(device)
     for name in backends:
         if name not in BACKENDS:
@@ -201,12 +202,12 @@ def _cells(request: Sweep) -> tuple[Cell, ...]:
             raise ValueError(f"--backends has {name!r}, which this machine lacks: {missing}")
     cells = tuple(
         Cell(spec, name)
-        for spec, method in parsed.items()
+        for method, spec in parsed.items()
         for name in dict.fromkeys(backends)
         if BACKENDS[name].computes(method)
     )
     for spec in request.methods:
-        if not any(cell.method == spec for cell in cells):
+        if not any(BACKENDS[name].computes(parse_method(spec)) for name in backends):
             raise ValueError(
                 f"--methods has {spec!r}, which none of {', '.join(backends)} computes"
             )

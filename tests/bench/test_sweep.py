@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,20 @@ def test_every_combination_is_a_group_and_standard_is_always_there():
     assert len(groups) == len({(g.problem, g.block_size) for g in groups}) == 2 * 2 * 2 * 2 * 2
     assert {cell.method for cell in groups[0].cells} == {"standard", "spattention"}
     assert groups[0].problem.dtype == "float32"
+
+
+def test_a_method_named_twice_is_one_cell():
+    names = ("sliding_window", "standard", "sliding_window:window=512", "sliding_window:window=64")
+    cells = expand(Sweep(methods=names, seq_len=(64,), device="cpu", backends=("flex",)))[0].cells
+    assert [cell.method for cell in cells] == ["standard", names[0], names[3]]
+
+
+def test_a_method_that_fits_no_problem_is_refused_and_one_that_fits_some_is_not():
+    request = Sweep(methods=("longformer:n_global=100",), seq_len=(64,), device="cpu")
+    with pytest.raises(ValueError, match="n_global"):
+        expand(request)
+    assert len(expand(replace(request, seq_len=(64, 1024)))) == 2
+    assert expand(replace(request, methods=Sweep.methods))  # those that do not fit are rows
 
 
 def test_list_names_every_method_and_backend(capsys):
