@@ -1,4 +1,4 @@
-"""The command line: python run_bench.py [sweep | plot | list] --help."""
+"""The command line: python run_bench.py [sweep | plot | compare | list] --help."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from bench import figures, report
 from bench.backends import BACKENDS
+from bench.compare import compare, sides
 from bench.record import read_rows
 from bench.specs import parameters_text
 from bench.sweep import Sweep, default_device, sweep
@@ -36,6 +37,23 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Faster, slower, same or unclear: B.csv against A.csv, or two methods of one file."""
+
+    csv: tyro.conf.Positional[Path]
+    """A results file."""
+    other: tyro.conf.Positional[Path | None] = None
+    """The results file that is held against it."""
+    method: str | None = None
+    """Instead of a second file, a method of the first: NAME or NAME:parameters, as in its rows."""
+    against: str | None = None
+    """The method that it is held against."""
+    fail_slower: float | None = None
+    """Exit with 1 where anything is slower by more than this many percent, by all of its
+    interval."""
+
+
+@dataclass(frozen=True)
 class List:
     """Methods and backends, their parameters and papers, and what this machine lacks."""
 
@@ -43,6 +61,7 @@ class List:
 Command = (
     Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[List, tyro.conf.subcommand("list")]
 )
 
@@ -60,17 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return sweep(command, console)
             case Plot():
                 return _plot(command, console)
+            case Compare(csv, other, method, against, fail_slower):
+                return compare(*sides(csv, other, method, against), fail_slower, console)
             case List():
                 return _list(console)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        named = getattr(error, "filename", None)
+        print(f"error: {f'{named}: {error.strerror}' if named else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished groups are in the CSV, --resume goes on", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
-def _parse(arguments: Sequence[str]) -> Sweep | Plot | List:
+def _parse(arguments: Sequence[str]) -> Sweep | Plot | Compare | List:
     """tyro's answer, with its boxed complaint folded into one line.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.timing import Call
 from methods import Method, Problem
 from methods.attend import plan
 
@@ -57,6 +58,35 @@ class Backend:
         except ValueError as error:
             return str(error)
         return self.missing(device) or self.refuses(method, p, device, phase)
+
+
+def first_calls(attention: Attention, inputs: tuple[Tensor, ...], phases: Sequence[str]) -> None:
+    """What samplers will call: without gradients and with them, as far as the phases need it."""
+    if "fwd" in phases:
+        phase_call(attention, "fwd", inputs)()
+    if any(phase in BACKWARD_PHASES for phase in phases):
+        forward_backward(attention, inputs)
+
+
+def phase_call(attention: Attention, phase: str, inputs: tuple[Tensor, ...]) -> Call:
+    """What one sample of a phase runs."""
+    q, k, v, grad_out = inputs
+    if phase == "fwd":
+        return partial(forward, attention, *(x.detach() for x in (q, k, v)))
+    if phase == "fwd_bwd":
+        return lambda: forward_backward(attention, inputs)
+    out = attention(q, k, v)[0]
+    return lambda: torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
+
+
+def forward(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    with torch.no_grad():
+        return attention(q, k, v)
+
+
+def forward_backward(attention: Attention, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    q, k, v, grad_out = inputs
+    return torch.autograd.grad(attention(q, k, v)[0], (q, k, v), grad_out)
 
 
 def _planned(name: str) -> Callable[..., Attention]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +17,29 @@ from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench import oracle, stats, timing
-from bench.backends import BACKENDS, BACKWARD_PHASES, Attention
+from bench.backends import (
+    BACKENDS,
+    BACKWARD_PHASES,
+    Attention,
+    first_calls,
+    forward,
+    forward_backward,
+    phase_call,
+)
 from bench.record import Environment, Row, code_hash
-from bench.specs import parameters_text, parse_method, source_file
+from bench.specs import AUTHOR_ERRORS, parameters_text, parse_method, source_file
 from methods import Method, Problem, block_mask
 from methods.blocks import computed_pairs
+from methods.method import static_parts
 
 # How compilers and kernels say "not this shape on this chip".
 UNSUPPORTED = (InductorError, NotImplementedError)
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+# What a cell may raise: a kernel, its compiler, or the code of the method's author.
+CELL_ERRORS = (*AUTHOR_ERRORS, MemoryError)
+# What a device says after which the process cannot use it any more.
+LOST_DEVICE = ("CUDA error", "Triton Error [CUDA]")
+# The gate looks at blocks of at most this many rows and keys, whatever a kernel visits.
+GATE_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -102,17 +118,18 @@ def measure_group(
     for cell in group.cells:
         announce(cell)
         try:
-            prepared = bench.prepare(cell)
-            ready.append(prepared)
-        except OUT_OF_MEMORY as error:
+            ready.append(bench.prepare(cell))
+        except CELL_ERRORS as error:
+            if not out_of_memory(error):
+                raise
             if ready and group.shared:
                 alone.append(cell)  # it may fit once the others are gone
             else:
                 rows[cell] = failure_rows(group, env, cell, "oom", one_line(error))
             _release(device)
+    bench.reference = None
     _sample_rounds(group, ready, announce, clockwork)
-    for prepared in ready:
-        rows[prepared.cell] = _rows_of(group, env, prepared)
+    rows |= {prepared.cell: _rows_of(group, env, prepared) for prepared in ready}
     del bench, ready
     _release(device)
     for cell in alone:
@@ -138,13 +155,16 @@ class _Bench:
         self.p = group.problem
         self.sets = 1
         if device.type == "cuda":
-            size = 3 * self.p.batch * self.p.seq_len * self.p.head_dim * self.p.q_heads
+            heads = self.p.q_heads + 2 * self.p.kv_heads
+            size = heads * self.p.batch * self.p.seq_len * self.p.head_dim
             self.sets = timing.input_sets(size * self.p.torch_dtype.itemsize, device)
         generator = torch.Generator(device).manual_seed(group.seed)
         self.inputs = [self._draw(generator) for _ in range(self.sets)]
-        self.rows = oracle.sample_rows(self.p, group.block_size[0], device, group.seed)
+        self.gate_blocks = tuple(min(size, GATE_BLOCK) for size in group.block_size)
+        self.rows = oracle.sample_rows(self.p, self.gate_blocks[0], device, group.seed)
         self.cotangent = oracle.cotangent(self.p, self.rows, device, group.seed)
-        self.references: dict[Method, oracle.Reference] = {}
+        # Cells come method by method, and a reference holds float64 gradients: one is kept.
+        self.reference: tuple[Method, oracle.Reference] | None = None
 
     def _draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """q, k, v as leaves, and a dense gradient of the output."""
@@ -175,9 +195,9 @@ class _Bench:
         except UNSUPPORTED as error:
             prepared.refused |= {x: ("unsupported", one_line(error)) for x in wanted}
             return prepared
-        except RuntimeError as error:
-            if isinstance(error, OUT_OF_MEMORY) or "CUDA error" in str(error):
-                raise  # the second leaves the process without a usable device
+        except CELL_ERRORS as error:
+            if out_of_memory(error) or any(text in str(error) for text in LOST_DEVICE):
+                raise
             prepared.refused |= {x: ("crash", one_line(error)) for x in wanted}
             return prepared
         for phase in wanted:
@@ -190,12 +210,18 @@ class _Bench:
         """The cell's function, compiled, counted and gated."""
         method, backend = prepared.method, BACKENDS[prepared.cell.backend]
         attention = backend.build(method, self.p, self.device, self.group.block_size)
-        prepared.facts |= self._pairs(method, backend.uses_blocks)
+        q, k, _ = (x.detach() for x in self.inputs[0][:3])
+        state = method.prepare(q, k, self.p)
+        prepared.facts |= self._pairs(method, state, backend.uses_blocks)
+        if self.p.causal and self._sees_future(method, state):
+            reason = "the mask allows keys after the query, but the problem is causal"
+            prepared.refused |= {x: ("mismatch", reason) for x in wanted}
+            return attention
         gradients = any(phase in BACKWARD_PHASES for phase in wanted)
         with self.clockwork.on("compile"):
             first_calls(attention, self.inputs[0], wanted)
         with self.clockwork.on("gate"):
-            verdict = self._gate(method, attention, gradients)
+            verdict = self._gate(method, state, attention, wanted)
         errors = ("error_out", "error_dq", "error_dk", "error_dv", "error_budget")
         prepared.facts |= {name: getattr(verdict, name) for name in errors}
         if not verdict.passed:
@@ -203,45 +229,61 @@ class _Bench:
         elif self.device.type == "cuda":
             if gradients:
                 own = sum(x.nbytes for x in self.inputs[0])
-                call = partial(_forward_backward, attention, self.inputs[0])
+                call = partial(forward_backward, attention, self.inputs[0])
                 prepared.facts["peak_bytes"] = own + self._peak_bytes(call)
             if "layout" in wanted:
-                build = partial(self._block_mask, method)
+                build = partial(self._block_mask, method, state)
                 prepared.layout_bytes = self._peak_bytes(build)
         return attention
 
-    def _pairs(self, method: Method, uses_blocks: bool) -> dict[str, int]:
+    def _sees_future(self, method: Method, state: Any) -> bool:
+        """Whether a later key is allowed, in a few rows of every head."""
+        some = self.rows[:, :: max(1, self.rows.shape[1] // 8)]
+        later = torch.arange(self.p.seq_len, device=self.device) > some[..., None]
+        return bool((method.rows(self.p, self.device, some, state).isfinite() & later).any())
+
+    def _pairs(self, method: Method, state: Any, uses_blocks: bool) -> dict[str, int]:
         """Pairs that take part, and those in the blocks that a kernel visits."""
         q, k, v = (x.detach() for x in self.inputs[0][:3])
-        state = method.prepare(q, k, self.p)
         pairs = {"allowed_pairs": method.allowed_pairs(self.p, state)}
         if uses_blocks:
             layout = method.layout(q, k, v, self.p, state, self.group.block_size)
             pairs["computed_pairs"] = computed_pairs(layout.block_mask, self.p)
         return pairs
 
-    def _block_mask(self, method: Method) -> BlockMask:
-        narrow = self.device.type == "cuda"
-        return block_mask(method, self.p, self.device, self.group.block_size, narrow=narrow)
+    def _block_mask(self, method: Method, state: Any) -> BlockMask:
+        narrow, size = self.device.type == "cuda", self.group.block_size
+        return block_mask(method, self.p, self.device, size, state=state, narrow=narrow)
 
-    def _gate(self, method: Method, attention: Attention, gradients: bool) -> oracle.Verdict:
+    def _gate(
+        self, method: Method, state: Any, attention: Attention, wanted: Sequence[str]
+    ) -> oracle.Verdict:
+        """Judges every function that will be timed: without gradients is another kernel."""
         q, k, v, _ = self.inputs[0]
-        if method not in self.references:
-            self.references[method] = oracle.build_reference(
+        if self.reference is None or self.reference[0] != method:
+            self.reference = method, oracle.build_reference(
                 method, self.p, q.detach(), k.detach(), v.detach(), self.rows, self.cotangent,
-                block_size=self.group.block_size,
+                state=state, block_size=self.gate_blocks,
             )  # fmt: skip
-        _poison(self.device, 4 * q.numel() * q.element_size())
-        if not gradients:
-            out, lse = _forward(attention, q.detach(), k.detach(), v.detach())
-            return oracle.judge(self.references[method], out, lse, None)
-        out, lse = attention(q, k, v)
-        grads = torch.autograd.grad(out, (q, k, v), self.cotangent)
-        return oracle.judge(self.references[method], out.detach(), lse, grads)
+        reference, verdicts = self.reference[1], []
+        gradients = any(phase in BACKWARD_PHASES for phase in wanted)
+        if "fwd" in wanted or not gradients:
+            _poison(self.device, 4 * q.numel() * q.element_size())
+            out, lse = forward(attention, q.detach(), k.detach(), v.detach())
+            verdicts.append(oracle.judge(reference, out, lse, None))
+        if gradients:
+            _poison(self.device, 4 * q.numel() * q.element_size())
+            out, lse = attention(q, k, v)
+            grads = torch.autograd.grad(out, (q, k, v), self.cotangent)
+            verdicts.append(oracle.judge(reference, out.detach(), lse, grads))
+        worst = max(verdict.error_budget for verdict in verdicts)
+        judged = next((x for x in verdicts if not x.passed), verdicts[-1])
+        return replace(judged, error_budget=worst)
 
     def _peak_bytes(self, call: timing.Call) -> int:
         """Device memory at the peak of a call, less what was taken before it."""
         torch.cuda.reset_peak_memory_stats(self.device)
+        static_parts.cache_clear()  # block lists are part of what a call needs
         before = torch.cuda.memory_allocated(self.device)
         call()
         torch.cuda.synchronize(self.device)
@@ -249,7 +291,9 @@ class _Bench:
 
     def _add_samplers(self, prepared: Prepared, attention: Attention, phase: str) -> None:
         if phase == "layout":
-            call = lambda: self._block_mask(prepared.method)  # noqa: E731
+            q, k, _ = (x.detach() for x in self.inputs[0][:3])
+            state = prepared.method.prepare(q, k, self.p)
+            call = partial(self._block_mask, prepared.method, state)
             prepared.samplers[phase, "host"] = timing.host_sampler(call, self.device)
             return
         calls = [phase_call(attention, phase, inputs) for inputs in self.inputs]
@@ -257,42 +301,11 @@ class _Bench:
             try:
                 sampler, clock = timing.device_sampler(calls, self.device), "device"
             except RuntimeError as error:
-                if isinstance(error, OUT_OF_MEMORY):
+                if out_of_memory(error):
                     raise
                 sampler, clock = timing.kernels_sampler(calls[0], self.device), "kernels"
             prepared.samplers[phase, clock] = sampler
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
-
-
-def first_calls(attention: Attention, inputs: tuple[Tensor, ...], phases: Sequence[str]) -> None:
-    """What samplers will call: without gradients and with them, as far as the phases need it."""
-    if "fwd" in phases:
-        phase_call(attention, "fwd", inputs)()
-    if any(phase in BACKWARD_PHASES for phase in phases):
-        _forward_backward(attention, inputs)
-
-
-def phase_call(attention: Attention, phase: str, inputs: tuple[Tensor, ...]) -> timing.Call:
-    """What one sample of a phase runs."""
-    q, k, v, grad_out = inputs
-    if phase == "fwd":
-        return partial(_forward, attention, *(x.detach() for x in (q, k, v)))
-    if phase == "fwd_bwd":
-        return lambda: _forward_backward(attention, inputs)
-    out = attention(q, k, v)[0]
-    return lambda: torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
-
-
-def _forward(
-    attention: Attention, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    with torch.no_grad():
-        return attention(q, k, v)
-
-
-def _forward_backward(attention: Attention, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    q, k, v, grad_out = inputs
-    return torch.autograd.grad(attention(q, k, v)[0], (q, k, v), grad_out)
 
 
 def _sample_rounds(
@@ -370,6 +383,14 @@ def _poison(device: torch.device, size: int) -> None:
     del held
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: a CPU's allocator says so by a plain RuntimeError."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)
+
+
 def _release(device: torch.device) -> None:
+    gc.collect()
+    static_parts.cache_clear()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_type_hints
@@ -23,7 +23,6 @@ from methods import Problem
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("layout", "fwd", "bwd", "fwd_bwd")
 CLOCKS = ("device", "kernels", "host")
-STATUSES = ("ok", "oom", "unsupported", "mismatch", "crash", "timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,10 +243,6 @@ def read_rows(path: Path) -> list[Row]:
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: damaged ({error})") from None
     return rows
-
-
-def with_environment(row: Row, env: Environment) -> Row:
-    return replace(row, **asdict(env))
 
 
 def _check_header(line: str, path: Path) -> None:

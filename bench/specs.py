@@ -6,13 +6,21 @@ import ast
 import dataclasses
 import importlib.util
 import sys
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 from methods import METHODS, Method
 from methods.presets import resolve
 
-# What running a file of somebody's own may raise at its top level.
-_IMPORT_ERRORS = (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError)
+# What code of a method's author may raise, besides what kernels do.
+AUTHOR_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
+    RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+
+
+_NOTATION = "parameters are written name=value,name=value in Python's notation"
 
 
 def parse_method(spec: str) -> Method:
@@ -26,6 +34,8 @@ def parse_method(spec: str) -> Method:
         ValueError: in one line, what is wrong and what is allowed.
     """
     path = source_file(spec)
+    if path is None and spec.endswith(".py"):
+        raise ValueError(f"method is {spec!r}; one in a file is written FILE.py:NAME")
     if path is None:
         name, _, parameters = spec.partition(":")
         method = resolve(name)
@@ -57,7 +67,7 @@ def _with_parameters(method: Method, text: str, spec: str) -> Method:
             f"method {spec!r}: parameters are written name=value,name=value"
         ) from None
     if call.args or not values or None in values:
-        raise ValueError(f"method {spec!r}: parameters are written name=value,name=value")
+        raise ValueError(f"method {spec!r}: {_NOTATION}")
     for name in values:
         if name not in known:
             allowed = f"it has {', '.join(known)}" if known else "it has none"
@@ -71,23 +81,31 @@ def _with_parameters(method: Method, text: str, spec: str) -> Method:
 def _load(path: Path, name: str) -> Method:
     if not path.is_file():
         raise ValueError(f"method file {path} does not exist")
-    module_name = f"user_methods_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up by name
-    try:
-        spec.loader.exec_module(module)
-    except _IMPORT_ERRORS as error:
-        raise ValueError(f"method file {path}: {type(error).__name__}: {error}") from None
+    module = _module(path, path.stat().st_mtime_ns)
     found = [key for key, value in vars(module).items() if isinstance(value, Method)]
     method = vars(module).get(name)
     if not isinstance(method, Method):
         has = f"it has {', '.join(found)}" if found else "it has no Method at its top level"
         raise ValueError(f"method file {path} has no Method named {name!r}; {has}")
-    if not dataclasses.is_dataclass(method) or not getattr(method, "name", None):
+    parameters = getattr(method, "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen or not getattr(method, "name", None):
         raise ValueError(
             f"{name} in {path} must be a frozen dataclass with a class attribute name"
         )
     if method.name in METHODS and type(method) is not type(METHODS[method.name]):
         raise ValueError(f"{name} in {path} is named {method.name!r}, which is a preset's name")
     return method
+
+
+@lru_cache(maxsize=64)
+def _module(path: Path, changed: int) -> ModuleType:
+    """A file of the user's own, run once as long as it does not change."""
+    module_name = f"user_methods_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except AUTHOR_ERRORS as error:
+        raise ValueError(f"method file {path}: {type(error).__name__}: {error}") from None
+    return module

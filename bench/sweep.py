@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,15 +14,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench import figures, report
+from bench import figures, masks, report
 from bench.backends import BACKENDS
+from bench.derived import BASELINE
 from bench.measure import Cell, Clockwork, Group
 from bench.record import PHASES, ROOT, Environment, Row, Store, code_hash, read_rows
 from bench.specs import parameters_text, parse_method, source_file
 from bench.worker import CompileTimes, Worker, compile_ahead, compile_jobs
 from methods import METHODS, Method, Problem
 
-BASELINE = "standard"
+CLOCK_ASKED = {"device": "device", "kernels": "device", "host": "host"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +88,26 @@ def sweep(request: Sweep, console: Console) -> int:
     existed = csv_path.exists()
     if existed and not request.resume:
         raise ValueError(f"{csv_path} exists; choose another --run, or go on with it by --resume")
-    kept = read_rows(csv_path) if existed else []
     _must_be_writable(csv_path.parent, plots.parent)
     with Store(csv_path) as store:
+        kept = read_rows(csv_path)
         clockwork, rows = _measure(request, groups, kept, store, console)
     with clockwork.on("report"):
         report.print_report(rows, console)
-        drawn = figures.draw_all(rows, plots)
+        drawn = figures.draw_all(rows, plots) + _draw_own_masks(request, plots)
     _say_where(csv_path, plots, len(drawn), clockwork, time.perf_counter() - started, console)
     return 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
+
+
+def _draw_own_masks(request: Sweep, folder: Path) -> list[Path]:
+    """Pictures of methods from files of the user's own, which a results file does not hold."""
+    drawn = []
+    for spec in filter(source_file, request.methods):
+        method = parse_method(spec)
+        label = re.sub(r"[^\w=.-]+", "_", f"{method.name} {parameters_text(method) or ''}".strip())
+        p = Problem(seq_len=1024, q_heads=8, head_dim=16, dtype="float32")
+        drawn += masks.mask_figure(method, p, folder / f"mask_{label}")
+    return drawn
 
 
 def expand(request: Sweep) -> list[Group]:
@@ -106,10 +119,12 @@ def expand(request: Sweep) -> list[Group]:
     asked = request.methods if request.methods != Sweep.methods else ()
     request = _with_defaults(request)
     for field in fields(request):
-        if getattr(request, field.name) == ():
-            raise ValueError(
-                f"--{field.name.replace('_', '-')} is an empty list; name at least one"
-            )
+        value = getattr(request, field.name)
+        if value == ():
+            name = field.name.replace("_", "-")
+            raise ValueError(f"--{name} is an empty list; name at least one")
+        if isinstance(value, tuple):
+            request = replace(request, **{field.name: tuple(dict.fromkeys(value))})
     _check_scalars(request)
     cells = _cells(request)
     blocks = [_block_size(text) for text in request.block_size]
@@ -183,6 +198,8 @@ def _check_scalars(request: Sweep) -> None:
         if not getattr(request, name) > 0:
             given = getattr(request, name)
             raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be above 0")
+    if not 0 <= request.seed < 1 << 32:
+        raise ValueError(f"--seed is {request.seed}; it must be 0 to {(1 << 32) - 1}")
     if Path(request.run).name != request.run or request.run in ("", ".", ".."):
         raise ValueError(f"--run is {request.run!r}; it must be a plain file name")
 
@@ -192,7 +209,13 @@ def _cells(request: Sweep) -> tuple[Cell, ...]:
     device = torch.device(request.device)
     parsed: dict[Method, str] = {}
     for spec in (BASELINE, *request.methods):
-        parsed.setdefault(parse_method(spec), spec)  # one cell, however often it is named
+        method = parse_method(spec)
+        for known, other in parsed.items():
+            if known.name == method.name and type(known) is not type(method):
+                raise ValueError(
+                    f"--methods: {other!r} and {spec!r} are both named {known.name!r}"
+                )
+        parsed.setdefault(method, spec)  # one cell, however often it is named
     backends = request.backends or _default_backends(device)
     for name in backends:
         if name not in BACKENDS:
@@ -248,10 +271,7 @@ def _measure(
         worker = Worker(groups[0].device, request.time_limit)
     try:
         todo = [group for group in groups if not _complete(group, kept, worker.environment)]
-        stale = {(g.problem, g.block_size) for g in todo}
-        rows = [row for row in kept if (row.problem, (row.q_block, row.kv_block)) not in stale]
-        if len(rows) < len(kept):
-            store.replace(rows)
+        rows = list(kept)
         with _progress(console) as bar:
             compile_times = _compile(request, todo, clockwork, bar)
             task = bar.add_task("measuring", total=sum(_weight(group) for group in todo))
@@ -262,12 +282,27 @@ def _measure(
                     seconds = compile_times.get((group.problem, group.block_size, cell))
                     measured[cell] = [replace(x, compile_s=seconds) for x in measured[cell]]
                 finished = [row for cell in group.cells for row in measured[cell]]
-                store.append(finished)
-                rows += finished
+                rows = _put(rows, finished, store)
                 bar.advance(task, _weight(group))
     finally:
         worker.stop()
     return clockwork, rows
+
+
+def _put(rows: list[Row], finished: list[Row], store: Store) -> list[Row]:
+    """All rows, on disk: finished ones replace those of the same cells on the same device."""
+    fresh = {_cell_key(row) for row in finished}
+    kept = [row for row in rows if _cell_key(row) not in fresh]
+    if len(kept) == len(rows):
+        store.append(finished)
+    else:
+        store.replace(kept + finished)
+    return kept + finished
+
+
+def _cell_key(row: Row) -> tuple:
+    size = (row.q_block, row.kv_block)
+    return row.device, row.problem, size, row.method, row.params, row.backend, row.phase
 
 
 def _compile(
@@ -282,7 +317,8 @@ def _complete(group: Group, rows: Sequence[Row], env: Environment) -> bool:
     """Whether every cell, phase and clock of a group has a row of this code and environment."""
     same = [f.name for f in fields(Environment) if f.name not in ("git_sha", "code")]
     have = {
-        (row.method, row.params, row.backend, row.phase, row.code)
+        # `kernels` stands in for `device` where a call cannot be captured.
+        (row.method, row.params, row.backend, row.phase, CLOCK_ASKED[row.clock], row.code)
         for row in rows
         if row.problem == group.problem
         and (row.q_block, row.kv_block) == group.block_size
@@ -292,8 +328,10 @@ def _complete(group: Group, rows: Sequence[Row], env: Environment) -> bool:
         method, path = parse_method(cell.method), source_file(cell.method)
         code = code_hash([path]) if path else env.code
         for phase in group.phases:
-            if (method.name, parameters_text(method), cell.backend, phase, code) not in have:
-                return False
+            for clock in group.clocks(phase):
+                key = (method.name, parameters_text(method), cell.backend, phase, clock, code)
+                if key not in have:
+                    return False
     return True
 
 

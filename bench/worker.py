@@ -16,15 +16,16 @@ import torch._functorch.config
 from torch._dynamo.utils import counters
 
 from bench import timing
-from bench.backends import BACKENDS
+from bench.backends import BACKENDS, first_calls
 from bench.measure import (
+    CELL_ERRORS,
     Cell,
     Clockwork,
     Group,
     failure_rows,
-    first_calls,
     measure_group,
     one_line,
+    out_of_memory,
 )
 from bench.record import Environment, Row, environment
 from bench.specs import parse_method
@@ -53,11 +54,7 @@ class Worker:
         self.environment = self._start()
 
     def measure(self, group: Group, clockwork: Clockwork) -> dict[Cell, list[Row]]:
-        """Rows of every cell of a group, those of cells that took the process down among them.
-
-        Raises:
-            CellFailed: the process died before any cell had begun.
-        """
+        """Rows of every cell of a group, those of cells that took the process down among them."""
         failed: dict[Cell, list[Row]] = {}
         while len(failed) < len(group.cells):
             cells = tuple(cell for cell in group.cells if cell not in failed)
@@ -66,11 +63,11 @@ class Worker:
             except CellFailed as death:
                 self._process.kill()
                 self.stop()
-                if death.cell is None:
-                    raise
-                failed[death.cell] = failure_rows(
-                    group, self.environment, death.cell, death.status, death.reason
-                )
+                # Before any cell had begun, it is the problem itself that none can have.
+                for cell in cells if death.cell is None else (death.cell,):
+                    failed[cell] = failure_rows(
+                        group, self.environment, cell, death.status, death.reason
+                    )
                 self._start()
         return failed
 
@@ -96,7 +93,7 @@ class Worker:
             if kind == "running":
                 running = content[0]
             elif kind == "failed":
-                raise CellFailed(running, "crash", content[0])
+                raise CellFailed(running, *content)
             else:
                 rows, spent = content
                 for name, seconds in spent.items():
@@ -140,8 +137,11 @@ def _serve(connection: Connection, device: str) -> None:
             rows = measure_group(
                 group, env, lambda cell: connection.send(("running", cell)), clockwork
             )
-        except RuntimeError as error:
-            connection.send(("failed", one_line(error)))
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the parent was interrupted
+        except CELL_ERRORS as error:
+            status = "oom" if out_of_memory(error) else "crash"
+            connection.send(("failed", status, one_line(error)))
             return
         connection.send(("done", rows, clockwork.spent))
 

@@ -22,14 +22,27 @@ def test_every_picture_and_file_that_it_names_exists():
     named = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) + re.findall(
         r"`((?:bench|methods)/\w+\.py)`", text
     )
-    assert len(named) >= 3
+    assert len(named) >= 2
     for name in named:
         assert (ROOT / name).is_file(), name
 
 
+def example(number, tmp_path):
+    sources = re.findall(r"```python\n(from dataclasses.*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text(sources[number])
+
+
+def test_the_banded_example_is_a_method(tmp_path):
+    example(1, tmp_path)
+    method = parse_method(f"{tmp_path / 'mine.py'}:RECENT:step=2")
+    p = Problem(seq_len=256, q_heads=2)
+    assert method.allowed_pairs(p) == sum(
+        min(i + 1, 64 + 2 * h) for h in range(2) for i in range(256)
+    )
+
+
 def test_the_method_of_the_example_is_measured(tmp_path):
-    source = re.search(r"```python\n(from dataclasses.*?)```", README.read_text(), re.DOTALL)[1]
-    (tmp_path / "mine.py").write_text(source)
+    example(0, tmp_path)
     spec = f"{tmp_path / 'mine.py'}:METHOD:window=48"
     assert parse_method(spec).window == 48
     group = Group(

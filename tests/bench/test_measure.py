@@ -90,6 +90,73 @@ def test_a_wrong_backend_gets_no_number(monkeypatch):
     assert {row.status for row in rows[Cell("standard", "sdpa-flash")]} == {"ok", "unsupported"}
 
 
+def test_the_kernel_without_gradients_is_gated_too(monkeypatch):
+    """A backend may run another kernel there, and that is the one that fwd times."""
+    backend = BACKENDS["blockwise"]
+
+    def wrong_without_gradients(*cell):
+        attention = backend.build(*cell)
+
+        def run(q, k, v):
+            out, lse = attention(q, k, v)
+            return (out, lse) if torch.is_grad_enabled() else (1.1 * out, lse)
+
+        return run
+
+    monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=wrong_without_gradients))
+    for row in run()[GROUP.cells[0]]:
+        assert (row.status, row.samples) == ("mismatch", [])
+        assert row.error_budget > 1
+
+
+def test_blocks_larger_than_the_gates_hide_no_fault(monkeypatch):
+    """One row in 64 is seen although the kernel's blocks hold 1024 rows."""
+    backend = BACKENDS["blockwise"]
+
+    def one_row_in_64(*cell):
+        attention = backend.build(*cell)
+
+        def run(q, k, v):
+            out, lse = attention(q, k, v)
+            row = torch.arange(out.shape[2])[:, None]
+            return torch.where(row % 64 == 17, 1.5 * out, out), lse
+
+        return run
+
+    monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=one_row_in_64))
+    p = Problem(seq_len=1024, q_heads=8, head_dim=16, dtype="float32")
+    group = replace(GROUP, problem=p, block_size=(1024, 128), cells=GROUP.cells[:1])
+    (row,) = run(replace(group, phases=("fwd",)))[GROUP.cells[0]]
+    assert row.status == "mismatch"
+
+
+AHEAD = """
+from dataclasses import dataclass
+from methods import Method
+
+@dataclass(frozen=True)
+class Ahead(Method):
+    name, paper = "ahead", "none"
+
+    def mask_mod(self, p, device, state=None):
+        return lambda b, h, q, k: abs(q - k) < 8
+
+METHOD = Ahead()
+"""
+
+
+def test_a_mask_that_sees_the_future_is_refused_where_the_problem_is_causal(tmp_path):
+    path = tmp_path / "ahead.py"
+    path.write_text(AHEAD)
+    cell = Cell(f"{path}:METHOD", "blockwise")
+    group = replace(GROUP, cells=(cell,), phases=("fwd",))
+    (row,) = run(group)[cell]
+    assert (row.status, row.samples) == ("mismatch", [])
+    assert "after the query" in row.reason
+    both_ways = replace(group, problem=replace(group.problem, causal=False))
+    assert run(both_ways)[cell][0].status == "ok"
+
+
 def raising(error, *cell):
     raise error
 
@@ -98,6 +165,8 @@ def raising(error, *cell):
     ("error", "status"),
     [
         (MemoryError("needs 12 GiB"), "oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "oom"),
+        (IndexError("of the method's author"), "crash"),
         (NotImplementedError("no such kernel"), "unsupported"),
         (RuntimeError("a launch failed"), "crash"),
     ],

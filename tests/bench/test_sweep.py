@@ -53,6 +53,21 @@ def test_incomplete_groups_are_measured_again_whole(tmp_path):
     assert run(*SMALL, "--run", "a", "--resume", folder=tmp_path).returncode == 0
     rows = read_rows(path)
     assert len(rows) == len({(row.method, row.backend, row.phase) for row in rows}) == 12
+    other = ["local_only" if word == "spattention" else word for word in SMALL]
+    assert run(*other, "--run", "a", "--resume", folder=tmp_path).returncode == 0
+    methods = [row.method for row in read_rows(path)]  # what was not asked for stays
+    assert {name: methods.count(name) for name in methods} == {
+        "spattention": 4, "standard": 8, "local_only": 4,
+    }  # fmt: skip
+
+
+def test_a_problem_that_no_memory_holds_is_rows_and_the_sweep_goes_on(tmp_path):
+    huge = ["--seq-len", "16777216", "96", "--heads", "512", "--head-dim", "1024"]
+    answer = run(*huge, *SMALL[6:], "--run", "a", "--phases", "fwd", folder=tmp_path)
+    rows = read_rows(tmp_path / "results" / "a.csv")
+    assert answer.returncode == 0, answer.stderr
+    assert {row.status for row in rows if row.seq_len > 96} == {"oom"}
+    assert {row.status for row in rows if row.seq_len == 96} == {"ok"}
 
 
 @pytest.mark.parametrize(

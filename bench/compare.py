@@ -1,0 +1,249 @@
+"""Verdicts between measurements: A.csv against B.csv, or two methods of one file."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from bench import derived
+from bench.derived import Board, Cell
+from bench.record import Environment, Row, read_rows
+from bench.report import METHOD_WIDTH, NOTHING, PHASE_NAMES, problem_title, quantity
+from bench.stats import FEW, Ratio
+
+LIMIT = 1.01  # a factor nearer to 1 than this is no difference
+STYLES = {"faster": "green", "slower": "red", "same": "dim", "unclear": "yellow"}
+# Columns that go where the terminal is narrow, first to last.
+OPTIONAL = (("A us", "B us"), ("could\nshow",), ("A\ntokens/s", "B\ntokens/s"))
+LEGEND = (
+    "B / A: median time of A over that of B (above 1, B is faster), and its 99 % interval. "
+    "faster, slower: all of it is more than 1 % away from 1; same: all of it is within 1 %; "
+    f"unclear: neither, or fewer than {FEW} samples, which make no 99 % interval. Could show: 1 % "
+    "and half the interval's width; such data does not tell a smaller difference. Rounds of two "
+    "files do not pair: what changed on the machine between them is in the ratio alone."
+)
+
+
+class Key(NamedTuple):
+    """What two rows share that are compared.
+
+    Attributes:
+        problem, title: with block sizes, and with the device where two methods are compared.
+        cell: without method and params where two methods are compared.
+        phase: as tables name it.
+    """
+
+    problem: tuple
+    title: str
+    cell: Cell
+    phase: str
+    clock: str
+
+
+class Side(NamedTuple):
+    name: str
+    rows: dict[Key, Row]
+
+
+class Pair(NamedTuple):
+    """The rows of a key; `speed` is B's over A's, None where one is not ok or has no samples."""
+
+    key: Key
+    a: Row
+    b: Row
+    speed: Ratio | None
+
+
+def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> int:
+    """Prints what B is against A.
+
+    Returns:
+        The exit status: 1 where a whole interval has B slower by more than `fail_slower` percent.
+
+    Raises:
+        ValueError: `fail_slower` is no percentage, nothing matches, or samples are damaged.
+    """
+    if fail_slower is not None and not 0 <= fail_slower < math.inf:
+        raise ValueError(f"--fail-slower is {fail_slower}; a percentage of 0 or more is needed")
+    pairs = [_pair(key, row, b.rows[key]) for key, row in a.rows.items() if key in b.rows]
+    if not pairs:
+        raise ValueError(f"nothing matches: no cell, phase and clock of {a.name} is in {b.name}")
+    _print(a, b, pairs, console)
+    limit = math.inf if fail_slower is None else 1 + fail_slower / 100
+    slower = [p for p in pairs if p.speed and verdict(p.speed, limit) == "slower"]
+    _print_notes([(f"slower by more than {fail_slower:g} %", p.key) for p in slower], console)
+    return 1 if slower else 0
+
+
+def sides(csv: Path, other: Path | None, method: str | None, against: str | None) -> list[Side]:
+    """A and B of a request: two files; or, of one file, `against` and `method`.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: it is neither request, a file holds no results, or no such method.
+    """
+    if other is not None and method is None and against is None:
+        return [_of_file(csv), _of_file(other)]
+    if other is None and method is not None and against is not None:
+        rows = read_rows(csv)
+        return [_of_method(rows, name, csv) for name in (against, method)]
+    raise ValueError("compare takes two files, or one file with both --method and --against")
+
+
+def verdict(speed: Ratio, limit: float = LIMIT) -> str:
+    """faster, slower, same or unclear."""
+    if speed.rounds < FEW:
+        return "unclear"
+    if speed.low > limit or speed.high < 1 / limit:
+        return "faster" if speed.low > limit else "slower"
+    return "same" if 1 / limit <= speed.low and speed.high <= limit else "unclear"
+
+
+def could_show(speed: Ratio) -> float | None:
+    """The smallest difference that such data would have told, as a fraction.
+
+    On a log scale an interval that reaches h to either side of a ratio r clears the limit where
+    |log r| > h + log(LIMIT), and h is log(high / low) / 2. A true difference of just that size is
+    told one time in two: half of all measured ratios fall short of the true one.
+    """
+    return LIMIT * math.sqrt(speed.high / speed.low) - 1 if speed.rounds >= FEW else None
+
+
+def _of_file(path: Path) -> Side:
+    cells = ((row, Cell(row.method, row.params, row.backend)) for row in read_rows(path))
+    # Two files may hold two runs of one name; without round numbers their rows do not pair.
+    return Side(str(path), {_key(row, cell): replace(row, rounds=None) for row, cell in cells})
+
+
+def _of_method(rows: Sequence[Row], name: str, path: Path) -> Side:
+    known = dict.fromkeys(Cell(row.method, row.params, "") for row in rows)
+    found = [c for c in known if c.label == name] or [c for c in known if c.method == name]
+    if len(found) != 1:
+        has = "several methods" if found else "no method"
+        choice = " | ".join(cell.label for cell in found or known)
+        raise ValueError(f"{path} has {has} {name!r}; allowed: {choice}")
+    chosen = [row for row in rows if (row.method, row.params) == found[0][:2]]
+    own = {_key(row, Cell("", None, row.backend), row.device): row for row in chosen}
+    return Side(f"{found[0].label} in {path}", own)
+
+
+def _key(row: Row, cell: Cell, device: str | None = None) -> Key:
+    title = problem_title(row, without=() if device else ("device",))
+    problem = (row.problem, row.q_block, row.kv_block, device)
+    return Key(problem, title, cell, PHASE_NAMES.get(row.phase, row.phase), row.clock)
+
+
+def _pair(key: Key, a: Row, b: Row) -> Pair:
+    try:
+        return Pair(key, a, b, derived.compare(a, b) if _status(a) == _status(b) == "ok" else None)
+    except ValueError as error:
+        raise ValueError(f"{_name(key.cell)}, {key.phase}, {key.clock} clock: {error}") from None
+
+
+def _status(row: Row) -> str:
+    return row.status if row.status != "ok" or (row.samples_us and row.median_us) else "no samples"
+
+
+def _print(a: Side, b: Side, pairs: Sequence[Pair], console: Console) -> None:
+    console.print(Text(f"A: {a.name}\nB: {b.name}", style="bold"))
+    console.print(_environments(pairs), "", sep="\n")
+    tables = _gathered(((p.key.title, p.key.clock), p) for p in pairs if p.speed)
+    for (title, clock), group in tables.items():
+        console.print(Text(title, style="bold"), Text(f"{clock} clock", style="dim"), sep="\n")
+        console.print(_table(group, console), "", sep="\n")
+    left = [(f"{_status(p.a)} in A, {_status(p.b)} in B", p.key) for p in pairs if not p.speed]
+    left += [("only in A", key) for key in a.rows if key not in b.rows]
+    left += [("only in B", key) for key in b.rows if key not in a.rows]
+    _print_notes(left, console)
+    console.print(Text(LEGEND, style="dim"))
+    counts = Counter(verdict(p.speed) for p in pairs if p.speed)
+    told = ", ".join(f"{counts[word]} {word}" for word in STYLES)
+    console.print(Text(f"B against A, {sum(counts.values())} compared: {told}", style="bold"))
+
+
+def _environments(pairs: Sequence[Pair]) -> Text:
+    differing = []
+    for name in (field.name for field in fields(Environment)):
+        values = [(getattr(p.a, name), getattr(p.b, name)) for p in pairs]
+        if found := [both for both in values if both[0] != both[1]]:
+            texts = (", ".join(dict.fromkeys(map(str, side))) for side in zip(*found, strict=True))
+            differing.append(f"{name} {' → '.join(texts)}")
+    if not differing:
+        return Text(f"environment: the same, {pairs[0].a.device}", style="dim")
+    return Text(f"environments differ (A → B): {'; '.join(differing)}", style="yellow")
+
+
+def _table(pairs: Sequence[Pair], console: Console) -> Table:
+    rows = _texts(pairs)
+    shown = [head for head in rows[0] if any(row[head] not in ("", NOTHING) for row in rows)]
+    for dropped in ((), *OPTIONAL):
+        shown = [head for head in shown if head not in dropped]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+        for head in shown:
+            word = head in ("method", "backend", "phase")
+            look = {"overflow": "fold"} if word else {"justify": "right", "no_wrap": True}
+            table.add_column(head, max_width=METHOD_WIDTH, **look)
+        for row in rows:
+            table.add_row(*(Text(row[h], STYLES.get(row[h], "")) for h in shown))
+        unbounded = console.options.update(max_width=1000)
+        if Measurement.get(console, unbounded, table).maximum <= console.width:
+            break
+    return table
+
+
+def _texts(pairs: Sequence[Pair]) -> list[dict[str, str]]:
+    """Of each row of the table, by column."""
+    variants = Counter(method for method, _ in {p.key.cell[:2] for p in pairs})
+    return [
+        {
+            "method": key.cell.label if variants[key.cell.method] > 1 else key.cell.method,
+            "backend": key.cell.backend,
+            "phase": key.phase,
+            "A us": f"{a.median_us:.1f}",
+            "B us": f"{b.median_us:.1f}",
+            "A\ntokens/s": _tokens_per_s(a),
+            "B\ntokens/s": _tokens_per_s(b),
+            "speed\nB / A": f"{speed.ratio:.3f}",
+            "99 %\ninterval": f"{speed.low:.3f} - {speed.high:.3f}" if speed.low else NOTHING,
+            "verdict": verdict(speed),
+            "could\nshow": NOTHING if (x := could_show(speed)) is None else f"{100 * x:.1f} %",
+        }
+        for key, a, b, speed in pairs
+    ]
+
+
+def _print_notes(notes: Iterable[tuple[str, Key]], console: Console) -> None:
+    """A line for cells that share heading, phases and clocks; problems that share those cells."""
+    phases = _gathered(((head, k.title, _name(k.cell), k.clock), k.phase) for head, k in notes)
+    clocks = _gathered((key, f"{', '.join(p)} by {clock}") for (*key, clock), p in phases.items())
+    cells = _gathered(((head, title, by), name) for (head, title, name), by in clocks.items())
+    lines = _gathered(((head, by, names), title) for (head, title, by), names in cells.items())
+    for (head, by, names), titles in lines.items():
+        console.print(Text(f"{head}: {', '.join(names)} ({'; '.join(by)}): {'; '.join(titles)}"))
+
+
+def _gathered(items: Iterable[tuple[Iterable, Any]]) -> dict[tuple, tuple]:
+    """Key -> its values, in order of appearance."""
+    found: dict[tuple, tuple] = {}
+    for key, value in items:
+        found[tuple(key)] = (*found.get(tuple(key), ()), value)
+    return found
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.label} on {cell.backend}" if cell.method else cell.backend
+
+
+def _tokens_per_s(row: Row) -> str:
+    board = Board([row])
+    return quantity(board.tokens_per_s(board.cells[0]))

@@ -1,0 +1,315 @@
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import run_bench
+from bench.compare import compare, could_show, sides, verdict
+from bench.record import Store
+from bench.stats import Ratio, ratio_interval
+from tests.bench.rows import make_row
+from tests.bench.test_stats import ar1
+
+
+def timed(median: float = 100.0, noise: float = 0.001, seed: int = 1, n: int = 30, **changes):
+    """A row of n samples about a median, in rounds of their own seed."""
+    samples = median * np.exp(noise * ar1(1, n, 0.3, seed)[0])
+    texts = {
+        "samples_us": ";".join(f"{us:.6g}" for us in samples),
+        "rounds": ";".join(map(str, range(n))),
+        "median_us": float(np.median(samples)),
+    }
+    return make_row(**texts | changes)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def put(name, *rows):
+        path = tmp_path / name
+        with Store(path) as store:
+            store.append(rows)
+        return path
+
+    return put
+
+
+def printed(*request, fail_slower=None, width=160):
+    """Exit status and text of a comparison; a request is csv, other, method, against."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        status = compare(*sides(*request), fail_slower, console)
+    return status, capture.get()
+
+
+def words(text, *first):
+    """Words of the one line of a table that begins with these."""
+    found = [line.split() for line in text.splitlines() if line.split()[: len(first)] == [*first]]
+    assert len(found) == 1, text
+    return found[0]
+
+
+@pytest.fixture
+def verdict_of(write):
+    def told(b, a=None):
+        _, text = printed(write("a.csv", a or timed()), write("b.csv", b), None, None)
+        line = words(text, "spattention", "flex")
+        return next(word for word in line if word in ("faster", "slower", "same", "unclear"))
+
+    return told
+
+
+def test_verdicts(verdict_of):
+    assert verdict_of(timed()) == "same"
+    assert verdict_of(timed(seed=2)) == "same"
+    assert verdict_of(timed(103.0, seed=2)) == "slower"
+    assert verdict_of(timed(97.0, seed=2)) == "faster"
+    assert verdict_of(timed(100.5, seed=2)) == "same"
+    assert verdict_of(timed(103.0, noise=0.1, seed=2)) == "unclear"
+    assert verdict_of(timed(101.0, noise=0.003, seed=2)) == "unclear"
+
+
+def test_few_samples_are_unclear_however_far_apart(verdict_of):
+    assert verdict_of(timed(300.0, n=7)) == "unclear"
+    assert verdict_of(timed(300.0, n=8)) == "slower"
+    assert verdict_of(timed(300.0, n=1), timed(n=1)) == "unclear"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1.0101, 1.2, "faster"), (1.0099, 1.2, "unclear"), (0.8, 0.9900, "slower"),
+        (0.8, 0.9902, "unclear"), (0.9902, 1.0099, "same"), (0.9900, 1.0099, "unclear"),
+        (0.9902, 1.0101, "unclear"),
+    ],
+)  # fmt: skip
+def test_where_the_limits_lie(low, high, expected):
+    assert verdict(Ratio(math.sqrt(low * high), low, high, True, 30)) == expected
+
+
+def test_what_the_data_could_have_shown_is_where_the_verdict_turns():
+    half = 1.02  # an interval from ratio / 1.02 to ratio * 1.02
+    smallest = could_show(Ratio(1.0, 1 / half, half, True, 30))
+    assert smallest == pytest.approx(1.01 * 1.02 - 1)
+    for factor, expected in ((1.0001, "faster"), (0.9999, "unclear")):
+        ratio = (1 + smallest) * factor
+        assert verdict(Ratio(ratio, ratio / half, ratio * half, True, 30)) == expected
+    assert could_show(Ratio(1.0, 0.9, 1.1, False, 7)) is None
+
+
+def verdicts(slower: float, phi: float, shared: float, paired: bool, seed: int, n: int = 200):
+    """Of n comparisons under 1 % noise, of which a share of the variance is common to a round."""
+    ours, theirs, common = ar1(3 * n, 30, phi, seed).reshape(3, n, 30)
+    a, b = (
+        factor * np.exp(0.01 * (math.sqrt(1 - shared) * own + math.sqrt(shared) * common))
+        for factor, own in ((1.0, ours), (slower, theirs))
+    )
+    start = 0 if paired else 1000
+    rounds = ((dict(enumerate(x)), dict(enumerate(y, start))) for x, y in zip(a, b, strict=True))
+    return [verdict(ratio_interval(*both)) for both in rounds]
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_against_a_under_correlated_noise(phi, paired):
+    found = verdicts(1.0, phi, 0.5 * paired, paired, seed=11)
+    assert sum(word in ("faster", "slower") for word in found) <= 2
+    assert "same" in found
+
+
+@pytest.mark.parametrize(
+    ("phi", "shared", "paired", "share"),
+    [
+        (0.3, 0.5, True, 0.95),  # interleaved: half of the noise befalls both sides of a round
+        (0.0, 0.0, False, 0.95),
+        (0.3, 0.0, False, 0.90),  # nothing cancels, and neighbours correlate: a few are missed
+    ],
+)
+def test_three_percent_is_found(phi, shared, paired, share):
+    found = verdicts(1.03, phi, shared, paired, seed=12)
+    assert found.count("slower") >= share * len(found)
+    assert set(found) <= {"slower", "unclear"}
+
+
+def test_a_table_and_its_ratio(write):
+    a = write("a.csv", timed(200.0, noise=0.0001), timed(50.0, noise=0.0001, phase="fwd"))
+    b = write("b.csv", timed(100.0, noise=0.0001), timed(50.0, noise=0.0001, phase="fwd"))
+    status, text = printed(a, b, None, None)
+    assert status == 0
+    assert text.startswith(f"A: {a}\nB: {b}\nenvironment: the same, Chip X\n\n")
+    assert "N 4096 · batch 1 · 8 heads · head_dim 128 · bfloat16 · causal · blocks 128x128" in text
+    whole = words(text, "spattention", "flex", "fwd+bwd")
+    assert whole[3:10] == ["200.0", "100.0", "20.5", "M", "41.0", "M", "2.000"]
+    assert whole[13:] == ["faster", "1.0", "%"]
+    low, high = float(whole[10]), float(whole[12])
+    assert 1.99 < low <= 2.0 <= high < 2.01
+    forward = words(text, "spattention", "flex", "fwd")
+    assert forward[3:8] == ["50.0", "50.0", "-", "-", "1.000"]
+    assert text.endswith("B against A, 2 compared: 1 faster, 0 slower, 1 same, 0 unclear\n")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 2}, {"q_heads": 16}, {"kv_heads": 4}, {"seq_len": 512}, {"head_dim": 64},
+        {"dtype": "float32"}, {"causal": False}, {"q_block": 64}, {"kv_block": 64},
+        {"method": "local_only"}, {"params": "window=4"}, {"backend": "flash"}, {"phase": "bwd"},
+        {"clock": "host"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_rows_match_by_every_key(write, changes):
+    a = write("a.csv", timed())
+    with pytest.raises(ValueError, match="nothing matches"):
+        printed(a, write("b.csv", timed(**changes)), None, None)
+    _, text = printed(a, write("c.csv", timed(**changes), timed()), None, None)
+    assert text.count("only in") == text.count("only in B") == 1
+    assert "1 compared" in text
+
+
+def test_the_last_of_two_rows_counts(write):
+    a = write("a.csv", timed(), timed(50.0), timed(100.0))
+    _, text = printed(a, write("b.csv", timed(900.0), timed(100.0)), None, None)
+    assert "1 compared: 0 faster, 0 slower, 1 same" in text
+
+
+def test_unmatched_rows_are_listed_by_cell(write):
+    window = {"method": "sliding_window", "params": "window=4"}
+    more = [timed(**window, phase=p, clock=c) for c in ("device", "host") for p in ("fwd", "bwd")]
+    elsewhere = [timed(seq_len=n, phase=p) for n in (512, 1024) for p in ("fwd", "bwd")]
+    _, text = printed(
+        write("a.csv", timed(), *more), write("b.csv", timed(), *elsewhere), None, None
+    )
+    title = "batch 1 · 8 heads · head_dim 128 · bfloat16 · causal · blocks 128x128"
+    text = " ".join(text.split())
+    cell = "sliding_window:window=4 on flex (fwd, bwd by device; fwd, bwd by host)"
+    assert f"only in A: {cell}: N 4096 · {title}" in text
+    cell = f"spattention on flex (fwd, bwd by device): N 512 · {title}; N 1024 · {title}"
+    assert f"only in B: {cell}" in text
+
+
+def test_rows_without_a_time_are_listed_with_their_status(write):
+    bare = make_row(median_us=1.0, phase="bwd")
+    a = write("a.csv", timed(), timed(phase="fwd"), bare)
+    b = write("b.csv", make_row(status="oom"), timed(phase="fwd"), timed(phase="bwd"))
+    _, text = printed(a, b, None, None)
+    assert "ok in A, oom in B: spattention on flex (fwd+bwd by device): N 4096" in text
+    assert "no samples in A, ok in B: spattention on flex (bwd by device): N 4096" in text
+    assert "1 compared" in text
+
+
+def test_different_environments_are_one_line(write):
+    there = {"device": "Chip Y", "driver": "580", "threads": 4, "code": "1" * 12}
+    a = write("a.csv", timed(), timed(phase="fwd"), timed(phase="bwd", torch="1.0"))
+    b = write("b.csv", timed(**there), timed(phase="fwd", **there))
+    _, text = printed(a, b, None, None)
+    assert text.splitlines()[2] == (
+        "environments differ (A → B): code 000000000000 → 111111111111; device Chip X → Chip Y; "
+        "driver None → 580; threads 2 → 4"
+    )
+    assert "2 compared" in text
+
+
+def test_rounds_of_one_file_pair_and_those_of_two_do_not(write):
+    shared = np.exp(0.05 * ar1(1, 30, 0.3, seed=3)[0])
+    texts = {"rounds": ";".join(map(str, range(30))), "median_us": 100.0}
+    fast = texts | {"samples_us": ";".join(str(100 * x) for x in shared)}
+    slow = texts | {"samples_us": ";".join(str(103 * x) for x in shared)}
+    both = write("both.csv", make_row(**fast, method="standard"), make_row(**slow))
+    _, text = printed(both, None, "spattention", "standard")
+    assert words(text, "flex", "fwd+bwd")[-3] == "slower"
+    a, b = write("a.csv", make_row(**fast)), write("b.csv", make_row(**slow))
+    _, text = printed(a, b, None, None)
+    assert words(text, "spattention", "flex")[-3] == "unclear"
+
+
+def test_two_methods_of_one_file(write):
+    window, wide = ({"method": "sliding_window", "params": f"window={n}"} for n in (4, 8))
+    path = write(
+        "a.csv", timed(), timed(backend="flash"), timed(50.0, **window), timed(90.0, **wide),
+        timed(10.0, **wide, device="Chip Y"),
+    )  # fmt: skip
+    _, text = printed(path, None, "sliding_window:window=8", "spattention")
+    assert text.startswith(f"A: spattention in {path}\nB: sliding_window:window=8 in {path}\n")
+    assert words(text, "flex", "fwd+bwd")[1:4] == ["fwd+bwd", "100.0", "90.0"]
+    assert "only in A: flash (fwd+bwd by device): N 4096" in text
+    assert "only in B: flex" in text and "blocks 128x128 · Chip Y" in text
+    _, text = printed(path, None, "spattention", "sliding_window:window=4")
+    assert words(text, "flex", "fwd+bwd")[-3] == "slower"
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_tables_fit_the_width(write, width):
+    rows = [
+        timed(method=m, backend=b, phase=p)
+        for m in ("standard", "spattention_released")
+        for b in ("flex", "sdpa-efficient")
+        for p in ("fwd", "bwd", "fwd_bwd")
+    ]
+    a, b = write("a", *rows), write("b", *rows)
+    _, text = printed(a, b, None, None, width=width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert ("A us" in text) == (width == 160)
+    assert ("tokens/s" in text) == (width >= 100)
+    table = [line for line in lines if line.startswith(("spattention", "standard"))]
+    assert len(table) == 12 and all("same" in line for line in table)  # none is wrapped
+
+
+def test_text_of_a_file_is_no_markup(write):
+    odd = timed(method="[red]x[/]", params="[bold]", device="[/]")
+    _, text = printed(write("a.csv", odd), write("b.csv", odd, timed(params="[/x]")), None, None)
+    assert "[red]x[/]" in text and "environment: the same, [/]" in text
+    assert "spattention:[/x] on flex" in text
+
+
+def test_exit_status(write, capsys):
+    a, slow, noisy = (
+        str(write(name, row))
+        for name, row in (
+            ("a", timed()), ("slow", timed(105.0)), ("noisy", timed(105.0, noise=0.2, seed=3))
+        )
+    )  # fmt: skip
+    assert run_bench.main(["compare", a, slow]) == 0
+    assert run_bench.main(["compare", a, slow, "--fail-slower", "6"]) == 0
+    assert "slower by more" not in capsys.readouterr().out
+    assert run_bench.main(["compare", a, slow, "--fail-slower", "4"]) == 1
+    line = "slower by more than 4 %: spattention on flex (fwd+bwd by device): N 4096"
+    assert line in capsys.readouterr().out
+    assert run_bench.main(["compare", slow, a, "--fail-slower", "4"]) == 0
+    assert run_bench.main(["compare", a, noisy, "--fail-slower", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["{a}"], "two files, or one file with both --method and --against"),
+        (["{a}", "--method", "standard"], "two files, or one file with both"),
+        (["{a}", "{a}", "--method", "standard", "--against", "standard"], "two files, or one"),
+        (["{a}", "missing.csv"], "missing.csv"),
+        (["{a}", "{text}"], "not a results file"),
+        (["{a}", "{empty}"], "nothing matches"),
+        (["{a}", "{damaged}"], "spattention on flex, fwd+bwd, device clock: could not convert"),
+        (["{a}", "{a}", "--fail-slower", "-1"], "--fail-slower is -1.0; a percentage of 0"),
+        (["{a}", "{a}", "--fail-slower", "nan"], "--fail-slower is nan; a percentage of 0"),
+        (["{a}", "--method", "reformer", "--against", "spattention"],
+         "has no method 'reformer'; allowed: spattention | longformer:a=1 | longformer:a=2"),
+        (["{a}", "--method", "longformer", "--against", "spattention"],
+         "has several methods 'longformer'; allowed: longformer:a=1 | longformer:a=2"),
+        (["{a}", "--method", "longformer:a=2", "--against", "spattention"], "nothing matches"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_are_one_line(write, tmp_path, capsys, arguments, complaint):
+    others = [timed(method="longformer", params=f"a={k}", backend="flash") for k in (1, 2)]
+    files = {
+        "a": write("a.csv", timed(), *others),
+        "empty": write("empty.csv"),
+        "damaged": write("damaged.csv", make_row(samples_us="x;1", median_us=1.0)),
+        "text": tmp_path / "text.csv",
+    }
+    files["text"].write_text("a,b\n1,2\n")
+    assert run_bench.main(["compare", *(word.format(**files) for word in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    assert complaint in captured.err
