@@ -20,6 +20,7 @@ def sections() -> dict[str, Callable[[], str]]:
             _rows("h200/lengths"), backend="flex", clock="device", q_heads=8, head_dim=128
         ),
         "point": lambda: _clocks(_rows("h200/lengths")),
+        "stand-ins": lambda: _stand_ins(_rows("h200/lengths")),
         "cpu-forward": lambda: _forward(_rows("cpu/default")),
         "cpu": lambda: report.headline_markdown(_rows("cpu/default"), backend="blockwise"),
         "faults": _faults,
@@ -86,6 +87,28 @@ def _clocks(rows: list[Row]) -> str:
             for time, base in zip(times, bases, strict=True)
         ]
         lines.append(f"| `{method}` | {backend} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _stand_ins(rows: list[Row]) -> str:
+    """The released stand-ins beside the methods that they stand for: pairs, blocks and time."""
+    pairs = ("longformer", "mehc_longformer", "bigbird", "mehc_bigbird", "mehc_reformer")
+    lengths = (4096, 16384, 65536)
+    found = {
+        (row.method, row.seq_len): row
+        for row in rows
+        if (row.phase, row.clock, row.backend) == ("fwd_bwd", "device", "flex")
+    }
+    columns = " | ".join(f"N = {n}: pairs, blocks, time" for n in lengths)
+    lines = [f"| method | {columns} |", f"| --- |{' ---: |' * len(lengths)}"]
+    for name in pairs:
+        cells = []
+        for n in lengths:
+            row, dense = found[name, n], found["standard", n]
+            allowed = 100 * row.allowed_pairs / dense.allowed_pairs
+            computed = 100 * row.computed_pairs / dense.computed_pairs
+            cells.append(f"{allowed:.1f} %, {computed:.1f} %, {row.median_us / 1000:.2f} ms")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
