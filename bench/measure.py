@@ -252,7 +252,7 @@ class _Bench:
         return pairs
 
     def _block_mask(self, method: Method, state: Any) -> BlockMask:
-        narrow, size = self.device.type == "cuda", self.group.block_size
+        narrow, size = self.device.type == "cuda" and state is None, self.group.block_size
         return block_mask(method, self.p, self.device, size, state=state, narrow=narrow)
 
     def _gate(

@@ -277,6 +277,7 @@ def attend_globals(
     if global_tokens is None:
         prefix = torch.arange(p.seq_len, device=q.device) < method.n_global
         global_tokens = prefix.expand(p.batch, p.seq_len)
+    global_tokens = torch.as_tensor(global_tokens, device=q.device)
     state = method.globals_state(global_tokens, p)
     if global_qkv is None:
         return _run(run, method.layout(q, k, v, p, state, block_size))

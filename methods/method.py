@@ -184,7 +184,8 @@ class Method:
         if state is None:
             mask, score_mod = static_parts(self, p, q.device, block_size)
         else:
-            mask = block_mask(self, p, q.device, block_size, state=state, narrow=q.is_cuda)
+            # Full width: one that followed the data would be compiled anew for every state.
+            mask = block_mask(self, p, q.device, block_size, state=state)
             score_mod = self.score_mod(p, q.device, state)
         return Layout(q, k, v, mask, score_mod)
 

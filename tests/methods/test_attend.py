@@ -83,6 +83,17 @@ def test_longformers_global_tokens_and_their_projections():
         torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
 
 
+def test_sets_of_global_tokens_share_one_compiled_kernel():
+    """More sets than one code object holds variants: the lists' shapes do not follow the data."""
+    q, k, v = tensors(n=300)
+    counters.clear()
+    for seed in range(10):
+        chosen = torch.rand(2, 300, generator=torch.Generator().manual_seed(seed)) < 0.02
+        out = attend(q, k, v, Longformer(window=16), global_tokens=chosen)
+        assert out.isfinite().all()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_tensors_that_want_gradients_run_under_no_grad():
     q, k, v = tensors(grad=True)
