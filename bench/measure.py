@@ -82,6 +82,7 @@ class Prepared:
 
     cell: Cell
     method: Method
+    state: Any = None
     facts: dict = field(default_factory=dict)
     layout_bytes: int | None = None
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -210,9 +211,12 @@ class _Bench:
         """The cell's function, compiled, counted and gated."""
         method, backend = prepared.method, BACKENDS[prepared.cell.backend]
         attention = backend.build(method, self.p, self.device, self.group.block_size)
-        q, k, _ = (x.detach() for x in self.inputs[0][:3])
-        state = method.prepare(q, k, self.p)
-        prepared.facts |= self._pairs(method, state, backend.uses_blocks)
+        q, k, v = (x.detach() for x in self.inputs[0][:3])
+        state = prepared.state = method.prepare(q, k, self.p)
+        prepared.facts["allowed_pairs"] = method.allowed_pairs(self.p, state)
+        if backend.uses_blocks:
+            layout = method.layout(q, k, v, self.p, state, self.group.block_size)
+            prepared.facts["computed_pairs"] = computed_pairs(layout.block_mask, self.p)
         if self.p.causal and self._sees_future(method, state):
             reason = "the mask allows keys after the query, but the problem is causal"
             prepared.refused |= {x: ("mismatch", reason) for x in wanted}
@@ -241,15 +245,6 @@ class _Bench:
         some = self.rows[:, :: max(1, self.rows.shape[1] // 8)]
         later = torch.arange(self.p.seq_len, device=self.device) > some[..., None]
         return bool((method.rows(self.p, self.device, some, state).isfinite() & later).any())
-
-    def _pairs(self, method: Method, state: Any, uses_blocks: bool) -> dict[str, int]:
-        """Pairs that take part, and those in the blocks that a kernel visits."""
-        q, k, v = (x.detach() for x in self.inputs[0][:3])
-        pairs = {"allowed_pairs": method.allowed_pairs(self.p, state)}
-        if uses_blocks:
-            layout = method.layout(q, k, v, self.p, state, self.group.block_size)
-            pairs["computed_pairs"] = computed_pairs(layout.block_mask, self.p)
-        return pairs
 
     def _block_mask(self, method: Method, state: Any) -> BlockMask:
         narrow, size = self.device.type == "cuda" and state is None, self.group.block_size
@@ -291,9 +286,7 @@ class _Bench:
 
     def _add_samplers(self, prepared: Prepared, attention: Attention, phase: str) -> None:
         if phase == "layout":
-            q, k, _ = (x.detach() for x in self.inputs[0][:3])
-            state = prepared.method.prepare(q, k, self.p)
-            call = partial(self._block_mask, prepared.method, state)
+            call = partial(self._block_mask, prepared.method, prepared.state)
             prepared.samplers[phase, "host"] = timing.host_sampler(call, self.device)
             return
         calls = [phase_call(attention, phase, inputs) for inputs in self.inputs]

@@ -226,7 +226,7 @@ def _cells(request: Sweep) -> tuple[Cell, ...]:
     cells = tuple(
         Cell(spec, name)
         for method, spec in parsed.items()
-        for name in dict.fromkeys(backends)
+        for name in backends
         if BACKENDS[name].computes(method)
     )
     for spec in request.methods:
@@ -274,7 +274,7 @@ def _measure(
         rows = list(kept)
         with _progress(console) as bar:
             compile_times = _compile(request, todo, clockwork, bar)
-            task = bar.add_task("measuring", total=sum(_weight(group) for group in todo))
+            task = bar.add_task("measuring", total=sum(len(group.cells) for group in todo))
             for group in todo:
                 bar.update(task, description=f"measuring {_title(group)}")
                 measured = worker.measure(group, clockwork)
@@ -283,7 +283,7 @@ def _measure(
                     measured[cell] = [replace(x, compile_s=seconds) for x in measured[cell]]
                 finished = [row for cell in group.cells for row in measured[cell]]
                 rows = _put(rows, finished, store)
-                bar.advance(task, _weight(group))
+                bar.advance(task, len(group.cells))
     finally:
         worker.stop()
     return clockwork, rows
@@ -333,10 +333,6 @@ def _complete(group: Group, rows: Sequence[Row], env: Environment) -> bool:
                 if key not in have:
                     return False
     return True
-
-
-def _weight(group: Group) -> int:
-    return len(group.cells)
 
 
 def _title(group: Group) -> str:

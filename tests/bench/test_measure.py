@@ -68,20 +68,28 @@ def test_samples_are_interleaved():
     assert len(set(rounds)) > 1
 
 
-def wrong(attention):
-    """An attention whose output misses one key block of one row block."""
+def spoil(monkeypatch, change):
+    """What blockwise returns becomes change(out)."""
+    backend = BACKENDS["blockwise"]
 
-    def run(q, k, v):
-        out, lse = attention(q, k, v)
-        return out * torch.where(torch.arange(out.shape[2])[:, None] == 64, 1.05, 1.0), lse
+    def build(*cell):
+        attention = backend.build(*cell)
 
-    return run
+        def run(q, k, v):
+            out, lse = attention(q, k, v)
+            return change(out), lse
+
+        return run
+
+    monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=build))
+
+
+def rows_of(out):
+    return torch.arange(out.shape[2])[:, None]
 
 
 def test_a_wrong_backend_gets_no_number(monkeypatch):
-    backend = BACKENDS["blockwise"]
-    broken = replace(backend, build=lambda *cell: wrong(backend.build(*cell)))
-    monkeypatch.setitem(BACKENDS, "blockwise", broken)
+    spoil(monkeypatch, lambda out: torch.where(rows_of(out) == 64, 1.05 * out, out))
     rows = run()
     for row in rows[Cell("spattention", "blockwise")]:
         assert (row.status, row.median_us, row.samples) == ("mismatch", None, [])
@@ -92,18 +100,7 @@ def test_a_wrong_backend_gets_no_number(monkeypatch):
 
 def test_the_kernel_without_gradients_is_gated_too(monkeypatch):
     """A backend may run another kernel there, and that is the one that fwd times."""
-    backend = BACKENDS["blockwise"]
-
-    def wrong_without_gradients(*cell):
-        attention = backend.build(*cell)
-
-        def run(q, k, v):
-            out, lse = attention(q, k, v)
-            return (out, lse) if torch.is_grad_enabled() else (1.1 * out, lse)
-
-        return run
-
-    monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=wrong_without_gradients))
+    spoil(monkeypatch, lambda out: out if torch.is_grad_enabled() else 1.1 * out)
     for row in run()[GROUP.cells[0]]:
         assert (row.status, row.samples) == ("mismatch", [])
         assert row.error_budget > 1
@@ -111,19 +108,7 @@ def test_the_kernel_without_gradients_is_gated_too(monkeypatch):
 
 def test_blocks_larger_than_the_gates_hide_no_fault(monkeypatch):
     """One row in 64 is seen although the kernel's blocks hold 1024 rows."""
-    backend = BACKENDS["blockwise"]
-
-    def one_row_in_64(*cell):
-        attention = backend.build(*cell)
-
-        def run(q, k, v):
-            out, lse = attention(q, k, v)
-            row = torch.arange(out.shape[2])[:, None]
-            return torch.where(row % 64 == 17, 1.5 * out, out), lse
-
-        return run
-
-    monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=one_row_in_64))
+    spoil(monkeypatch, lambda out: torch.where(rows_of(out) % 64 == 17, 1.5 * out, out))
     p = Problem(seq_len=1024, q_heads=8, head_dim=16, dtype="float32")
     group = replace(GROUP, problem=p, block_size=(1024, 128), cells=GROUP.cells[:1])
     (row,) = run(replace(group, phases=("fwd",)))[GROUP.cells[0]]
@@ -205,20 +190,11 @@ def test_two_variants_of_a_method_keep_their_rows_apart():
 
 def test_memory_is_poisoned_before_the_gate(monkeypatch):
     """An output that nobody writes must not pass because memory happened to hold it."""
-    backend = BACKENDS["blockwise"]
 
-    def unwritten(*cell):
-        attention = backend.build(*cell)
+    def unwritten(out):
+        return torch.where(rows_of(out) == out.shape[2] - 1, torch.empty_like(out), out)
 
-        def run(q, k, v):
-            out, lse = attention(q, k, v)
-            junk = torch.empty_like(out)
-            last = torch.arange(out.shape[2])[:, None] == out.shape[2] - 1
-            return torch.where(last, junk, out), lse
-
-        return run
-
-    monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=unwritten))
+    spoil(monkeypatch, unwritten)
     (row,) = run(replace(GROUP, cells=GROUP.cells[:1], phases=("fwd",)))[GROUP.cells[0]]
     assert row.status == "mismatch"
 
