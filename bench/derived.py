@@ -125,6 +125,12 @@ class Board:
                 return Gain(flops / us * 1e-6, phase)
         return None
 
+    def percent_of_matmul(self, cell: Cell) -> Gain | None:
+        """TFLOP/s over the rate of a large matrix product, which the run measured on this chip."""
+        rate = self.tflop_per_s(cell)
+        ceiling = rate and self.row(cell, rate.phase).matmul_tflop_s
+        return Gain(100 * rate.value / ceiling, rate.phase) if ceiling else None
+
     def peak_bytes(self, cell: Cell) -> int | None:
         return self._pairs(cell, "peak_bytes")
 

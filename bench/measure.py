@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask
 
-from bench import oracle, stats, timing
+from bench import chip, kernels, oracle, timing
 from bench.backends import (
     BACKENDS,
     BACKWARD_PHASES,
@@ -26,9 +25,12 @@ from bench.backends import (
     forward_backward,
     phase_call,
 )
-from bench.record import Environment, Row, code_hash
-from bench.specs import AUTHOR_ERRORS, parameters_text, parse_method, source_file
-from methods import Method, Problem, block_mask
+from bench.ceilings import Ceilings
+from bench.cells import Cell, Group, Prepared, failure_rows, rows_of
+from bench.record import Environment, Row
+from bench.sampling import sample_rounds
+from bench.specs import AUTHOR_ERRORS, parse_method
+from methods import Method, block_mask
 from methods.blocks import computed_pairs
 from methods.method import static_parts
 
@@ -40,54 +42,9 @@ CELL_ERRORS = (*AUTHOR_ERRORS, MemoryError)
 LOST_DEVICE = ("CUDA error", "Triton Error [CUDA]")
 # The gate looks at blocks of at most this many rows and keys, whatever a kernel visits.
 GATE_BLOCK = 128
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A method, as the command line names it, on a backend."""
-
-    method: str
-    backend: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Everything that is measured on one problem, so that its samples can be interleaved.
-
-    Attributes:
-        rounds: (fewest, most) samples of every cell, phase and clock.
-        seconds: sampling goes on past the fewest rounds for at most this long.
-        shared: whether the cells' samples are interleaved; False for one that runs alone.
-    """
-
-    problem: Problem
-    block_size: tuple[int, int]
-    cells: tuple[Cell, ...]
-    phases: tuple[str, ...]
-    device: str
-    seed: int
-    rounds: tuple[int, int]
-    seconds: float
-    run: str
-    shared: bool = True
-
-    def clocks(self, phase: str) -> tuple[str, ...]:
-        on_host_alone = self.device == "cpu" or phase == "layout"
-        return ("host",) if on_host_alone else ("device", "host")
-
-
-@dataclass
-class Prepared:
-    """A cell that may be timed: what is known of it, and a sampler for every phase and clock."""
-
-    cell: Cell
-    method: Method
-    state: Any = None
-    facts: dict = field(default_factory=dict)
-    layout_bytes: int | None = None
-    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
-    samplers: dict[tuple[str, str], timing.Sampler] = field(default_factory=dict)
-    samples: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)
+# It samples rows in at most this many blocks a head: its cost would go with the square of N, and
+# at a million tokens be minutes a method.
+GATE_ROW_BLOCKS = 1024
 
 
 class Clockwork:
@@ -105,8 +62,22 @@ class Clockwork:
             self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What is known of the device before anything is measured on it.
+
+    Attributes:
+        ceilings: None on a CPU.
+        read_chip: asks the chip for clock, power and temperature.
+    """
+
+    env: Environment
+    ceilings: Ceilings | None = None
+    read_chip: chip.Reader = lambda: None
+
+
 def measure_group(
-    group: Group, env: Environment, announce: Callable[[Cell], None], clockwork: Clockwork
+    group: Group, machine: Machine, announce: Callable[[Cell], None], clockwork: Clockwork
 ) -> dict[Cell, list[Row]]:
     """Rows of every cell of a group.
 
@@ -126,26 +97,18 @@ def measure_group(
             if ready and group.shared:
                 alone.append(cell)  # it may fit once the others are gone
             else:
-                rows[cell] = failure_rows(group, env, cell, "oom", one_line(error))
+                rows[cell] = failure_rows(group, machine.env, cell, "oom", one_line(error))
             _release(device)
     bench.reference = None
-    _sample_rounds(group, ready, announce, clockwork)
-    rows |= {prepared.cell: _rows_of(group, env, prepared) for prepared in ready}
+    bench.sample(ready, machine.read_chip, announce)
+    for prepared in ready:
+        rows[prepared.cell] = rows_of(group, machine.env, prepared, machine.ceilings)
     del bench, ready
     _release(device)
     for cell in alone:
         single = replace(group, cells=(cell,), shared=False)
-        rows |= measure_group(single, env, announce, clockwork)
+        rows |= measure_group(single, machine, announce, clockwork)
     return rows
-
-
-def failure_rows(
-    group: Group, env: Environment, cell: Cell, status: str, reason: str
-) -> list[Row]:
-    """A row for every phase and clock of a cell that could not be measured."""
-    prepared = Prepared(cell, parse_method(cell.method))
-    prepared.refused = {phase: (status, reason) for phase in group.phases}
-    return _rows_of(group, env, prepared)
 
 
 class _Bench:
@@ -162,7 +125,8 @@ class _Bench:
         generator = torch.Generator(device).manual_seed(group.seed)
         self.inputs = [self._draw(generator) for _ in range(self.sets)]
         self.gate_blocks = tuple(min(size, GATE_BLOCK) for size in group.block_size)
-        self.rows = oracle.sample_rows(self.p, self.gate_blocks[0], device, group.seed)
+        apart = max(self.gate_blocks[0], self.p.seq_len // GATE_ROW_BLOCKS)
+        self.rows = oracle.sample_rows(self.p, apart, device, group.seed)
         self.cotangent = oracle.cotangent(self.p, self.rows, device, group.seed)
         # Cells come method by method, and a reference holds float64 gradients: one is kept.
         self.reference: tuple[Method, oracle.Reference] | None = None
@@ -222,6 +186,7 @@ class _Bench:
             prepared.refused |= {x: ("mismatch", reason) for x in wanted}
             return attention
         gradients = any(phase in BACKWARD_PHASES for phase in wanted)
+        prepared.generated = kernels.generated()
         with self.clockwork.on("compile"):
             first_calls(attention, self.inputs[0], wanted)
         with self.clockwork.on("gate"):
@@ -290,6 +255,7 @@ class _Bench:
             prepared.samplers[phase, "host"] = timing.host_sampler(call, self.device)
             return
         calls = [phase_call(attention, phase, inputs) for inputs in self.inputs]
+        prepared.calls[phase] = calls[0]
         if self.device.type == "cuda":
             try:
                 sampler, clock = timing.device_sampler(calls, self.device), "device"
@@ -300,69 +266,31 @@ class _Bench:
             prepared.samplers[phase, clock] = sampler
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
 
+    def sample(
+        self, ready: Sequence[Prepared], read_chip: chip.Reader, announce: Callable[[Cell], None]
+    ) -> None:
+        """Samples every cell, phase and clock in rounds; then asks which kernels ran.
 
-def _sample_rounds(
-    group: Group, ready: list[Prepared], announce: Callable[[Cell], None], clockwork: Clockwork
-) -> None:
-    """Samples everything once a round, in a new order each, until all is known well enough."""
-    jobs = [(cell, key) for cell in ready for key in cell.samplers]
-    order = random.Random(group.seed)
-    fewest, most = group.rounds
-    start = time.perf_counter()
-    for number in range(most):
-        if number >= fewest and (time.perf_counter() - start > group.seconds or _settled(ready)):
-            break
-        for prepared, key in order.sample(jobs, len(jobs)):
-            announce(prepared.cell)
-            with clockwork.on("sample"):
-                microseconds = prepared.samplers[key]()
-            prepared.samples.setdefault(key, []).append((number, microseconds))
-
-
-def _settled(ready: list[Prepared]) -> bool:
-    return all(
-        stats.relative_width([us for _, us in samples]) < 0.01
-        for prepared in ready
-        for samples in prepared.samples.values()
-    )
-
-
-def _rows_of(group: Group, env: Environment, prepared: Prepared) -> list[Row]:
-    rows = []
-    for phase in group.phases:
-        for clock in group.clocks(phase):
-            taken = prepared.samples.get((phase, clock))
-            if clock == "device" and (phase, "kernels") in prepared.samples:
-                clock, taken = "kernels", prepared.samples[phase, "kernels"]
-            rows.append(_row(group, env, prepared, phase, clock, taken))
-    return rows
-
-
-def _row(
-    group: Group, env: Environment, prepared: Prepared, phase: str, clock: str,
-    taken: list[tuple[int, float]] | None,
-) -> Row:  # fmt: skip
-    status, reason = prepared.refused.get(phase, ("ok", None))
-    user_file = source_file(prepared.cell.method)
-    values = asdict(env) | ({"code": code_hash([user_file])} if user_file else {})
-    if phase == "layout":
-        values["peak_bytes"] = prepared.layout_bytes
-    if taken:
-        samples = [us for _, us in taken]
-        median, low, high = stats.median_interval(samples)
-        values |= {
-            "samples_us": ";".join(f"{us:.6g}" for us in samples),
-            "rounds": ";".join(str(number) for number, _ in taken) if group.shared else None,
-            "median_us": median, "ci_low_us": low, "ci_high_us": high,
-        }  # fmt: skip
-    return Row(
-        run=group.run, time_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        method=prepared.method.name, params=parameters_text(prepared.method),
-        backend=prepared.cell.backend, **asdict(group.problem),
-        q_block=group.block_size[0], kv_block=group.block_size[1], phase=phase, clock=clock,
-        l2=None if group.device == "cpu" or phase == "layout" else "cold",
-        status=status, reason=reason, **prepared.facts | values,
-    )  # fmt: skip
+        In this order, since a profiler must not have been at work when a call is timed.
+        """
+        jobs = {
+            (index, *key): x
+            for index, cell in enumerate(ready)
+            for key, x in cell.samplers.items()
+        }
+        with self.clockwork.on("sample"):
+            series = sample_rounds(
+                jobs, rounds=self.group.rounds, seconds=self.group.seconds, seed=self.group.seed,
+                read_chip=read_chip, announce=lambda key: announce(ready[key[0]].cell),
+            )  # fmt: skip
+        for (index, *key), taken in series.items():
+            ready[index].series[tuple(key)] = taken
+        if self.device.type == "cuda":
+            for prepared in ready:
+                announce(prepared.cell)
+                with self.clockwork.on("profile"):
+                    for phase, call in prepared.calls.items():
+                        prepared.ran[phase] = kernels.ran(call, self.device, prepared.generated)
 
 
 def one_line(error: BaseException) -> str:

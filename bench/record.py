@@ -50,10 +50,14 @@ class Row:
         l2: "cold" (rotated or flushed) or "warm"; None on a CPU.
         samples_us: semicolon-separated; the k-th was taken in the k-th of `rounds`.
         rounds: semicolon-separated; None where a cell ran alone, so that nothing pairs with it.
+        kernel, tiles: of the kernels of one call, the longest first; semicolon-separated.
         discarded: samples thrown away, for thermal or hardware slowdown.
         ci_low_us, ci_high_us: 99 % interval of the median.
         error_out, error_dq, error_dk, error_dv: relative Frobenius error of the worst block.
         error_budget: largest share of an error budget that was used; above 1 is a mismatch.
+        matmul_tflop_s, copy_gb_s: this chip's own ceilings, measured by the run.
+        sm_mhz, power_w: medians right after the samples; celsius: the highest.
+        throttled: why the chip was slower than it can be, and after how many of the samples.
     """
 
     run: str
@@ -103,8 +107,11 @@ class Row:
     error_dk: float | None = None
     error_dv: float | None = None
     error_budget: float | None = None
+    matmul_tflop_s: float | None = None
+    copy_gb_s: float | None = None
     sm_mhz: int | None = None
     power_w: float | None = None
+    celsius: int | None = None
     throttled: str | None = None
 
     @property

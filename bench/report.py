@@ -25,7 +25,7 @@ LEGEND = (
     "fwd+bwd was not measured for both. Ideal: pairs of `standard` over pairs of the method, by "
     "elements and by blocks that a kernel visits. Efficiency: x same backend over ideal by blocks "
     "(by elements on a backend without block lists). TFLOP/s: 4 D flops an allowed pair forward, "
-    "14 D fwd+bwd."
+    "14 D fwd+bwd. % of matmul: of the rate that a large matrix product reaches on the same chip."
 )
 
 
@@ -136,6 +136,7 @@ def _columns(board: Board, tokens: bool) -> list[Column]:
         each("ideal\nblocks", 4, lambda cell: _number(board.ideal_by_blocks(cell), 2)),
         each("effi-\nciency", 6, lambda cell: _gain(board.efficiency(cell))),
         each("TFLOP/s", 2, lambda cell: _gain(board.tflop_per_s(cell), 1)),
+        each("% of\nmatmul", 3, lambda cell: _gain(board.percent_of_matmul(cell), 1)),
         each("peak\nmemory", 1, lambda cell: _bytes(board.peak_bytes(cell))),
     ]
     return [column for column in columns if tokens or column.header != "tokens/s"]

@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import figures, masks, report
 from bench.backends import BACKENDS
+from bench.cells import Cell, Group
 from bench.derived import BASELINE
-from bench.measure import Cell, Clockwork, Group
+from bench.measure import Clockwork
 from bench.record import PHASES, ROOT, Environment, Row, Store, code_hash, read_rows
 from bench.specs import parameters_text, parse_method, source_file
 from bench.worker import CompileTimes, Worker, compile_ahead, compile_jobs
@@ -59,9 +60,9 @@ class Sweep:
     device: str | None = None
     """cpu or cuda:0; by default a GPU where there is one."""
     rounds: int = 30
-    """Most samples of a cell; they are taken in interleaved rounds, five at the least."""
+    """Interleaved rounds of samples; more, until every median of a problem is known to 1 %."""
     seconds: float = 10.0
-    """A group's sampling ends after this time, or when every median is known to 1 %."""
+    """Sampling of a problem ends after this time all the same, though not before five rounds."""
     time_limit: float = 300.0
     """Seconds without progress after which a cell is given up."""
     seed: int = 0
@@ -139,7 +140,7 @@ def expand(request: Sweep) -> list[Group]:
             groups.append(
                 Group(problem=p, block_size=block, cells=cells, phases=request.phases,
                       device=request.device, seed=request.seed, run=request.run,
-                      rounds=(min(5, request.rounds), request.rounds), seconds=request.seconds)
+                      rounds=request.rounds, seconds=request.seconds)
             )  # fmt: skip
     for spec in asked:
         _must_fit_one(spec, [group.problem for group in groups])

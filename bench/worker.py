@@ -15,14 +15,14 @@ import torch
 import torch._functorch.config
 from torch._dynamo.utils import counters
 
-from bench import timing
+from bench import chip, timing
 from bench.backends import BACKENDS, first_calls
+from bench.ceilings import measure_ceilings
+from bench.cells import Cell, Group, failure_rows
 from bench.measure import (
     CELL_ERRORS,
-    Cell,
     Clockwork,
-    Group,
-    failure_rows,
+    Machine,
     measure_group,
     one_line,
     out_of_memory,
@@ -124,9 +124,10 @@ def _set_up() -> None:
 
 def _serve(connection: Connection, device: str) -> None:
     _set_up()
-    timing.use_side_stream(torch.device(device))
-    env = environment(torch.device(device))
-    connection.send(("ready", env))
+    on = torch.device(device)
+    timing.use_side_stream(on)
+    machine = Machine(environment(on), measure_ceilings(on), chip.reader(on))
+    connection.send(("ready", machine.env))
     while True:
         try:
             group = connection.recv()
@@ -135,7 +136,7 @@ def _serve(connection: Connection, device: str) -> None:
         clockwork = Clockwork()
         try:
             rows = measure_group(
-                group, env, lambda cell: connection.send(("running", cell)), clockwork
+                group, machine, lambda cell: connection.send(("running", cell)), clockwork
             )
         except (BrokenPipeError, ConnectionResetError):
             return  # the parent was interrupted

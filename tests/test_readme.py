@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from bench.measure import Cell, Clockwork, Group, measure_group
+from bench.cells import Cell, Group
+from bench.measure import Clockwork, Machine, measure_group
 from bench.readme import README, render
 from bench.record import ROOT, environment
 from bench.specs import parse_method
@@ -48,10 +49,10 @@ def test_the_method_of_the_example_is_measured(tmp_path):
     group = Group(
         problem=Problem(seq_len=256, q_heads=2, head_dim=16, dtype="float32"),
         block_size=(64, 64), cells=(Cell(spec, "blockwise"), Cell(spec, "flex")),
-        phases=("fwd",), device="cpu", seed=0, rounds=(1, 1), seconds=1.0, run="test",
+        phases=("fwd",), device="cpu", seed=0, rounds=1, seconds=0.0, run="test",
     )  # fmt: skip
     env = replace(environment(torch.device("cpu")), code="0")
-    rows = measure_group(group, env, lambda cell: None, Clockwork())
+    rows = measure_group(group, Machine(env), lambda cell: None, Clockwork())
     pairs = sum(i - j < 48 or j % 64 == 0 for i in range(256) for j in range(i + 1))
     for cell in group.cells:
         assert rows[cell][0].status == "ok", rows[cell][0].reason

@@ -8,7 +8,8 @@ import torch
 
 from bench import measure
 from bench.backends import BACKENDS
-from bench.measure import Cell, Clockwork, Group, measure_group
+from bench.cells import Cell, Group
+from bench.measure import Clockwork, Machine, measure_group
 from bench.record import PHASES, environment
 from methods import Problem
 
@@ -19,13 +20,13 @@ GROUP = Group(
         Cell("standard", "blockwise"), Cell("spattention", "blockwise"),
         Cell("standard", "sdpa-flash"),
     ),
-    phases=PHASES, device="cpu", seed=3, rounds=(3, 6), seconds=0.0, run="test",
+    phases=PHASES, device="cpu", seed=3, rounds=3, seconds=0.0, run="test",
 )  # fmt: skip
 ENVIRONMENT = environment(torch.device("cpu"))
 
 
 def run(group=GROUP, announce=lambda cell: None):
-    return measure_group(group, ENVIRONMENT, announce, Clockwork())
+    return measure_group(group, Machine(ENVIRONMENT), announce, Clockwork())
 
 
 def test_every_cell_and_phase_has_a_gated_row():

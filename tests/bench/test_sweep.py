@@ -11,8 +11,10 @@ import run_bench
 from bench.record import ROOT, read_rows
 from bench.sweep import Sweep, expand
 
-SMALL = ["--seq-len", "96", "--heads", "4", "--head-dim", "16", "--rounds", "3", "--methods",
-         "spattention", "--backends", "blockwise", "sdpa-flash"]  # fmt: skip
+SMALL = [
+    "--seq-len", "96", "--heads", "4", "--head-dim", "16", "--rounds", "3", "--seconds", "0.01",
+    "--methods", "spattention", "--backends", "blockwise", "sdpa-flash",
+]  # fmt: skip
 
 
 def run(*arguments, folder):

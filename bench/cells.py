@@ -1,0 +1,147 @@
+"""What is measured together, what is known of a cell, and the rows that come of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bench import chip, stats
+from bench.ceilings import Ceilings, beyond
+from bench.kernels import Ran
+from bench.record import Environment, Row, code_hash
+from bench.sampling import Series
+from bench.specs import parameters_text, parse_method, source_file
+from bench.timing import Call, Sampler
+from methods import Method, Problem
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method, as the command line names it, on a backend."""
+
+    method: str
+    backend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Everything that is measured on one problem, so that its samples can be interleaved.
+
+    Attributes:
+        rounds, seconds: when sampling ends, as `sample_rounds` has it.
+        shared: whether the cells' samples are interleaved; False for one that runs alone.
+    """
+
+    problem: Problem
+    block_size: tuple[int, int]
+    cells: tuple[Cell, ...]
+    phases: tuple[str, ...]
+    device: str
+    seed: int
+    rounds: int
+    seconds: float
+    run: str
+    shared: bool = True
+
+    def clocks(self, phase: str) -> tuple[str, ...]:
+        on_host_alone = self.device == "cpu" or phase == "layout"
+        return ("host",) if on_host_alone else ("device", "host")
+
+
+@dataclass
+class Prepared:
+    """A cell that may be timed: what is known of it, and a sampler for every phase and clock.
+
+    Attributes:
+        refused: by phase, the status and the reason of what is not timed.
+        generated: modules that torch had generated before this cell was compiled.
+        calls: by phase, what one sample runs.
+    """
+
+    cell: Cell
+    method: Method
+    state: Any = None
+    facts: dict = field(default_factory=dict)
+    layout_bytes: int | None = None
+    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
+    generated: int = 0
+    calls: dict[str, Call] = field(default_factory=dict)
+    samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)
+    series: dict[tuple[str, str], Series] = field(default_factory=dict)
+    ran: dict[str, Ran | None] = field(default_factory=dict)
+
+
+def failure_rows(
+    group: Group, env: Environment, cell: Cell, status: str, reason: str
+) -> list[Row]:
+    """A row for every phase and clock of a cell that could not be measured."""
+    prepared = Prepared(cell, parse_method(cell.method))
+    prepared.refused = {phase: (status, reason) for phase in group.phases}
+    return rows_of(group, env, prepared, None)
+
+
+def rows_of(
+    group: Group, env: Environment, prepared: Prepared, ceilings: Ceilings | None
+) -> list[Row]:
+    """A row for every phase and clock."""
+    rows = []
+    for phase in group.phases:
+        for clock in group.clocks(phase):
+            if clock == "device" and (phase, "kernels") in prepared.series:
+                clock = "kernels"
+            rows.append(_row(group, env, prepared, phase, clock, ceilings))
+    return rows
+
+
+def _row(
+    group: Group, env: Environment, prepared: Prepared, phase: str, clock: str,
+    ceilings: Ceilings | None,
+) -> Row:  # fmt: skip
+    user_file = source_file(prepared.cell.method)
+    values = asdict(env) | ({"code": code_hash([user_file])} if user_file else {})
+    values |= prepared.facts | (ceilings._asdict() if ceilings else {})
+    if phase == "layout":
+        values["peak_bytes"] = prepared.layout_bytes
+    if ran := prepared.ran.get(phase):
+        values |= {"kernel": ran.kernels, "tiles": ran.tiles}
+    values["status"], values["reason"] = prepared.refused.get(phase, ("ok", None))
+    if series := prepared.series.get((phase, clock)):
+        values |= _figures(series, group.shared)
+        values |= _doubts(group.problem, phase, clock, values, ceilings)
+    return Row(
+        run=group.run, time_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        method=prepared.method.name, params=parameters_text(prepared.method),
+        backend=prepared.cell.backend, **asdict(group.problem),
+        q_block=group.block_size[0], kv_block=group.block_size[1], phase=phase, clock=clock,
+        l2=None if group.device == "cpu" or phase == "layout" else "cold", **values,
+    )  # fmt: skip
+
+
+def _figures(series: Series, shared: bool) -> dict:
+    """What the samples say."""
+    values = {"discarded": series.discarded} | chip.summary(series.readings)
+    if series.samples:
+        numbers, samples = zip(*series.samples, strict=True)
+        median, low, high = stats.median_interval(samples)
+        values |= {
+            "samples_us": ";".join(f"{us:.6g}" for us in samples),
+            "rounds": ";".join(map(str, numbers)) if shared else None,
+            "median_us": median, "ci_low_us": low, "ci_high_us": high,
+        }  # fmt: skip
+    return values
+
+
+def _doubts(
+    p: Problem, phase: str, clock: str, values: dict, ceilings: Ceilings | None
+) -> dict:  # fmt: skip
+    """Status and reason of a row without a sample, or with a time that cannot be true."""
+    us, nothing = values.get("median_us"), {"samples_us": None, "rounds": None, "median_us": None}
+    if us is None:
+        reason = f"all {values['discarded']} samples were taken in a slowed-down chip"
+        return {"status": "timeout", "reason": f"{reason}: {values['throttled']}"}
+    if ceilings is None or clock == "host":
+        return {}
+    reason = beyond(ceilings, p, phase, values["allowed_pairs"], us)
+    nothing |= {"ci_low_us": None, "ci_high_us": None}
+    return {"status": "mismatch", "reason": reason} | nothing if reason else {}

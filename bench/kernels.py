@@ -1,0 +1,78 @@
+"""Which kernels a call runs, and their tiles: proof that a row timed what it names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch._inductor.codecache import PyCodeCache
+
+from bench.timing import Call
+
+LEAST_SHARE = 0.02  # of the device's time; below it a kernel is a fill or a cast
+# How tiles stand in the names of hand-written kernels.
+IN_NAMES = (
+    re.compile(r"(?P<tiles>\d+x\d+(?:x\d+)?)"),
+    re.compile(r"_traits<\(?int\)?(?P<dim>\d+), (?:\(int\))?(?P<m>\d+), (?:\(int\))?(?P<n>\d+)"),
+    re.compile(r"_traits<(?P<dim>\d+), (?P<m>\d+), (?P<n>\d+)"),
+)
+CONSTANT = re.compile(r"^\s*(BLOCK_[MN]\d?) : tl\.constexpr = (\d+)", re.MULTILINE)
+
+
+class Ran(NamedTuple):
+    """Kernels of a call, the longest first, and the tiles of each; semicolon-separated."""
+
+    kernels: str
+    tiles: str | None
+
+
+def generated() -> int:
+    """How many modules torch has generated so far, for `ran` to look at those that came after."""
+    return len(PyCodeCache.modules)
+
+
+def ran(call: Call, device: torch.device, since: int) -> Ran | None:
+    """What a call ran on its device, by CUPTI; None where it ran no kernel there.
+
+    Args:
+        since: what `generated` gave before the call was compiled.
+    """
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    spent: Counter[str] = Counter()
+    for event in profile.events():
+        if event.device_type == torch.profiler.DeviceType.CUDA:
+            spent[event.name] += event.time_range.elapsed_us()
+    if not spent:
+        return None
+    total = sum(spent.values())
+    names = [name for name, us in spent.most_common() if us >= LEAST_SHARE * total]
+    sources = [Path(module.__file__).read_text() for module in PyCodeCache.modules[since:]]
+    tiles = [tiles_of(name, sources) or "-" for name in names]
+    known = any(text != "-" for text in tiles)
+    return Ran(";".join(map(short, names)), ";".join(tiles) if known else None)
+
+
+def short(name: str) -> str:
+    """A kernel's name without return type, template arguments and parameters."""
+    return re.split(r"[<(;]", name.removeprefix("void "))[0].strip()
+
+
+def tiles_of(name: str, sources: list[str]) -> str | None:
+    """Tiles of a kernel: from its source where torch generated it, else from its name."""
+    for source in sources:
+        start = source.find(f"def {name}(")
+        if start >= 0:
+            end = source.find("\n''', device_str", start)
+            found = dict(CONSTANT.findall(source[start : end if end > 0 else len(source)]))
+            return " ".join(f"{key[6:]}={size}" for key, size in found.items()) or None
+    for pattern in IN_NAMES:
+        if match := pattern.search(name):
+            parts = match.groupdict()
+            return parts.get("tiles") or f"{parts['m']}x{parts['n']}"
+    return None
