@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch._inductor.codecache import PyCodeCache
 
-from bench.timing import Call
+from bench.timing import Call, kernel_events
 
 LEAST_SHARE = 0.02  # of the device's time; below it a kernel is a fill or a cast
 # How tiles stand in the names of hand-written kernels.
@@ -40,14 +40,9 @@ def ran(call: Call, device: torch.device, since: int) -> Ran | None:
     Args:
         since: what `generated` gave before the call was compiled.
     """
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        call()
-        torch.cuda.synchronize(device)
     spent: Counter[str] = Counter()
-    for event in profile.events():
-        if event.device_type == torch.profiler.DeviceType.CUDA:
-            spent[event.name] += event.time_range.elapsed_us()
+    for event in kernel_events(call, device):
+        spent[event.name] += event.time_range.elapsed_us()
     if not spent:
         return None
     total = sum(spent.values())

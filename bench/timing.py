@@ -42,7 +42,7 @@ def host_sampler(call: Call, device: torch.device) -> Sampler:
     return sample
 
 
-def device_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
+def device_sampler(calls: Sequence[Call], device: torch.device) -> Replay:
     """Microseconds a call by replay of a CUDA graph that goes round the calls.
 
     Args:
@@ -55,33 +55,35 @@ def device_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
     """
     for call in calls:
         call()  # every lazy initialisation happens before the capture
-    once = _replayed(calls, len(calls), device)
+    once = Replay(calls, len(calls), device)
     once()
     rounds = math.ceil(REPLAY_US / (len(calls) * max(once(), 0.1)))
-    sample = once if rounds == 1 else _replayed(calls, len(calls) * rounds, device)
+    sample = once if rounds == 1 else Replay(calls, len(calls) * rounds, device)
     sample()
     return sample
 
 
 def kernels_sampler(call: Call, device: torch.device) -> Sampler:
     """Microseconds from the start of the call's first kernel to the end of its last, by CUPTI."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
     flush = torch.empty(2 * l2_bytes(device), dtype=torch.int8, device=device)
 
     def sample() -> float:
         flush.fill_(1)
         torch.cuda.synchronize(device)
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            torch.cuda.synchronize(device)
-        spans = [
-            (event.time_range.start, event.time_range.end)
-            for event in profile.events()
-            if event.device_type == torch.profiler.DeviceType.CUDA
-        ]
-        return max(end for _, end in spans) - min(start for start, _ in spans)
+        spans = [event.time_range for event in kernel_events(call, device)]
+        return max(span.end for span in spans) - min(span.start for span in spans)
 
     return sample
+
+
+def kernel_events(call: Call, device: torch.device) -> list:
+    """What a call runs on the device, as events of torch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    cuda = torch.profiler.DeviceType.CUDA
+    return [event for event in profile.events() if event.device_type == cuda]
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -100,25 +102,25 @@ def use_side_stream(device: torch.device) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
-def _replayed(calls: Sequence[Call], count: int, device: torch.device) -> Sampler:
-    """Microseconds a call of a graph of so many, which goes round the calls."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
-        for index in range(count):
-            calls[index % len(calls)]()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+class Replay:
+    """Microseconds a call, by replay of a graph of `count` calls that goes round those given."""
 
-    def sample() -> float:
-        torch.cuda.synchronize(device)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1000 / count
+    def __init__(self, calls: Sequence[Call], count: int, device: torch.device) -> None:
+        # The graph knows addresses only: the tensors behind them live as long as it.
+        self.calls, self.count, self.device = calls, count, device
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(device)):
+            for index in range(count):
+                calls[index % len(calls)]()
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    # The graph knows addresses only: the tensors behind them live as long as the sampler.
-    sample.calls = calls
-    return sample
+    def __call__(self) -> float:
+        torch.cuda.synchronize(self.device)
+        self.start.record()
+        self.graph.replay()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) * 1000 / self.count
 
 
 def _elapsed_us(call: Call) -> float:
