@@ -96,7 +96,9 @@ def sweep(request: Sweep, console: Console) -> int:
     with clockwork.on("report"):
         report.print_report(rows, console)
         drawn = figures.draw_all(rows, plots) + _draw_own_masks(request, plots)
-    _say_where(csv_path, plots, len(drawn), clockwork, time.perf_counter() - started, console)
+    clockwork.spent["rest"] = time.perf_counter() - started - sum(clockwork.spent.values())
+    _keep_times(csv_path.with_suffix(".time.csv"), clockwork.spent)
+    _say_where(csv_path, plots, len(drawn), clockwork.spent, console)
     return 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
 
 
@@ -348,11 +350,18 @@ def _progress(console: Console) -> Progress:
     )  # fmt: skip
 
 
+def _keep_times(path: Path, spent: dict[str, float]) -> None:
+    """One line for each thing that this run spent its time on, behind those of earlier runs."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    lines = [f"{stamp},{name},{seconds:.2f}\n" for name, seconds in spent.items()]
+    with path.open("a") as file:
+        file.writelines(lines if file.tell() else ["time_utc,spent_on,seconds\n", *lines])
+
+
 def _say_where(
-    csv_path: Path, plots: Path, drawn: int, clockwork: Clockwork, total: float, console: Console
+    csv_path: Path, plots: Path, drawn: int, spent: dict[str, float], console: Console
 ) -> None:
-    spent = clockwork.spent | {"rest": total - sum(clockwork.spent.values())}
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
     console.print(f"rows: {csv_path}\nfigures: {plots} ({drawn} files)", highlight=False)
-    console.print(f"time: {total:.0f} s ({parts})", highlight=False)
+    console.print(f"time: {sum(spent.values()):.0f} s ({parts})", highlight=False)
     sys.stdout.flush()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.cells import Cell, Group
-from bench.measure import Clockwork
+from bench.measure import GATE_ROW_BLOCKS, Clockwork
 from bench.oracle import build_reference, cotangent, judge, sample_rows
 from bench.worker import Worker, compile_ahead
 from methods import METHODS, Problem, attend, block_mask
@@ -77,7 +77,7 @@ def test_a_million_tokens_forward_and_backward():
         torch.randn(1, 8, p.seq_len, 64, device=device, dtype=p.torch_dtype, requires_grad=True)
         for _ in range(3)
     )
-    rows = sample_rows(p, 128, device)
+    rows = sample_rows(p, p.seq_len // GATE_ROW_BLOCKS, device)
     cot = cotangent(p, rows, device)
     out = attend(q, k, v, method="spattention")
     grads = torch.autograd.grad(out, (q, k, v), cot)
