@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -36,6 +38,8 @@ class Reading(NamedTuple):
 
 Reader = Callable[[], Reading | None]
 
+KEPT = 0.01  # seconds that a reading holds: NVML's own figures are no fresher, and cost 1 ms
+
 
 def reader(device: torch.device) -> Reader:
     """What reads the chip of a device; it reads None on a CPU, and where NVML does not answer."""
@@ -48,7 +52,20 @@ def reader(device: torch.device) -> Reader:
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except pynvml.NVMLError:
         return lambda: None
-    return lambda: _read(handle)
+    return _kept(lambda: _read(handle))
+
+
+def _kept(read: Reader) -> Reader:
+    """A reader that asks again only when the last answer is older than KEPT."""
+    last, when = None, -math.inf
+
+    def again() -> Reading | None:
+        nonlocal last, when
+        if time.perf_counter() - when > KEPT:
+            last, when = read(), time.perf_counter()
+        return last
+
+    return again
 
 
 def summary(readings: Sequence[Reading]) -> dict:

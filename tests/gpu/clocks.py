@@ -52,7 +52,9 @@ def measured(name: str, backend: str, n: int, device: torch.device) -> dict[str,
         span = max(x.end for x in spans) - min(x.start for x in spans)
         cupti.append(span / replay.count)
     with torch.cuda.stream(torch.cuda.Stream(device)):
-        triton = do_bench_cudagraph(calls[0], rep=50, return_mode="median") * 1000
+        # Graphs as long as ours: seconds of dense work without a pause would meet the power cap.
+        rep = timing.REPLAY_US / 1000
+        triton = do_bench_cudagraph(calls[0], rep=rep, return_mode="median") * 1000
     times = {"device_us": own, "cupti_us": cupti, "triton_us": [triton]}
     return {clock: statistics.median(samples) for clock, samples in times.items()}
 
