@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def attend(
     backend: str = "auto",
     global_tokens: Tensor | None = None,
     global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+    state: Any = None,
 ) -> Tensor:
     """Sparse attention by any method of the suite.
 
@@ -48,6 +50,7 @@ def attend(
             prefix.
         global_qkv: Longformer's separate projections, shaped as q, k, v, for rows of global
             tokens.
+        state: of this call, in place of what the method prepares: BigBird's `drawn_blocks`.
 
     Returns:
         [B, Hq, N, D] in the dtype of q; rows of queries that see no key are 0.
@@ -61,12 +64,21 @@ def attend(
     if backend in ("flex", "eager") and not q.is_cuda:
         q, k, v, *own = (x.detach() for x in given)  # this kernel refuses leaves that want grads
         global_qkv = None if global_qkv is None else tuple(own)
+    own_globals = global_tokens is not None or global_qkv is not None
+    if own_globals:
+        method = _with_globals(method, given=global_tokens is not None)
     run = _cached_plan(method, q.shape, k.shape, v.shape, q.dtype, q.device, causal, backend)
-    if global_tokens is None and global_qkv is None:
-        return run(q, k, v)[0]
-    if not isinstance(run.method, Longformer):
-        raise ValueError(f"{run.method.name} has no global tokens to be given; longformer has")
+    if not own_globals:
+        return run(q, k, v, state)[0]
     return attend_globals(run.method, q, k, v, run.problem, run.execute, global_tokens, global_qkv)
+
+
+def _with_globals(method: str | Method, given: bool) -> Longformer:
+    """The method whose global tokens a caller gives, which then has no prefix of its own."""
+    method = resolve(method)
+    if not isinstance(method, Longformer):
+        raise ValueError(f"{method.name} has no global tokens to be given; longformer has")
+    return replace(method, n_global=0) if given else method
 
 
 def _backend_for(given: tuple[Tensor, ...], backend: str) -> str:
@@ -88,7 +100,8 @@ def _backend_for(given: tuple[Tensor, ...], backend: str) -> str:
 class Plan:
     """A function (q, k, v) -> (out, lse) for one problem, compiled on its first call.
 
-    lse is in token order, or None where the executor does not give it.
+    lse is in token order, or None where the executor does not give it. A state that is given
+    stands in for what the method prepares.
     """
 
     method: Method
@@ -96,8 +109,10 @@ class Plan:
     block_size: tuple[int, int]
     execute: Executor
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        state = self.method.prepare(q, k, self.problem)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        state = self.method.prepare(q, k, self.problem) if state is None else state
         layout = self.method.layout(q, k, v, self.problem, state, self.block_size)
         out, lse = self.execute(layout)
         return (out, lse) if layout.restore is None else (layout.restore(out, lse), None)

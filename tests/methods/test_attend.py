@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 from methods import METHODS, Problem, attend
 from methods.attend import compiled_copy, plan
+from methods.bigbird import BigBird
 from methods.longformer import Longformer
 
 
@@ -81,6 +82,31 @@ def test_longformers_global_tokens_and_their_projections():
         strict=True,
     ):
         torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
+
+
+def test_a_given_set_takes_the_place_of_the_prefix():
+    """Also where there are fewer tokens than the preset has in its prefix."""
+    q, k, v = tensors(n=8, dtype=torch.float64)
+    none = torch.zeros(2, 8, dtype=torch.bool)
+    out = attend(q, k, v, "longformer", global_tokens=none)
+    expected = attend(q, k, v, Longformer(n_global=0))
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    listed = attend(q, k, v, "longformer", global_tokens=none.tolist())
+    torch.testing.assert_close(listed, expected, atol=1e-12, rtol=0)
+
+
+def test_random_blocks_of_the_callers_own():
+    q, k, v = tensors(n=96, dtype=torch.float64)
+    method, p = BigBird(block=16, n_random=1), Problem(batch=2, q_heads=4, seq_len=96, head_dim=16)
+    drawn = torch.full((4, 6, 1), -1)
+    without = attend(q, k, v, method, state=method.drawn_blocks(drawn, p))
+    drawn[:, 5, 0] = 2
+    out = attend(q, k, v, method, state=method.drawn_blocks(drawn, p))
+    torch.testing.assert_close(out[:, :, :80], without[:, :, :80], atol=1e-12, rtol=0)
+    keys = torch.cat([torch.arange(16), torch.arange(32, 48), torch.arange(64, 96)])
+    scores = q[:, :, 95:] @ k[:, :, keys].mT / 4
+    expected = scores.softmax(-1) @ v[:, :, keys]
+    torch.testing.assert_close(out[:, :, 95:], expected, atol=1e-12, rtol=0)
 
 
 def test_sets_of_global_tokens_share_one_compiled_kernel():

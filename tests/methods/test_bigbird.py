@@ -106,6 +106,8 @@ def projections(module: BigBirdBlockSparseAttention, x: Tensor) -> list[Tensor]:
         (256, 16, 3, 4096, True),
         (768, 16, 3, 4096, True),
         (512, 32, 2, 4096, True),
+        (512, 16, 3, 4096, True),
+        (768, 32, 3, 4096, True),
         (1024, 64, 3, 4096, True),
         (1024, 64, 3, 1024, True),
         (2048, 64, 3, 4096, True),
