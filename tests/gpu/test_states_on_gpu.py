@@ -23,7 +23,8 @@ def tensors(count):
 
 
 def error(got, expected):
-    return float((got.double() - expected).norm() / expected.norm())
+    got, expected = got.detach().double(), expected.detach()
+    return float((got - expected).norm() / expected.norm())
 
 
 def check(method, causal, own=0, **given):
