@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import tyro
@@ -87,9 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = getattr(error, "filename", None)
         print(f"error: {f'{named}: {error.strerror}' if named else error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         print("interrupted; finished groups are in the CSV, --resume goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (interruption.args or (signal.SIGINT,))[0]
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """A request to end is an interrupt: what was started is ended, what was measured kept."""
+    raise KeyboardInterrupt(number)
 
 
 def _parse(arguments: Sequence[str]) -> Sweep | Plot | Compare | List:
@@ -149,4 +155,5 @@ def _list(console: Console) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     raise SystemExit(main())

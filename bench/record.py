@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_type_hints
@@ -23,6 +23,7 @@ from methods import Problem
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("layout", "fwd", "bwd", "fwd_bwd")
 CLOCKS = ("device", "kernels", "host")
+STATUSES = ("ok", "oom", "unsupported", "mismatch", "crash", "timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,7 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
+_HEADER = (",".join(COLUMNS) + "\n").encode()
 _TYPES = get_type_hints(Row)
 
 
@@ -159,17 +161,27 @@ def code_hash(extra: Iterable[Path] = ()) -> str:
 class Store:
     """A CSV of rows that one process at a time appends to; what was written is never lost.
 
+    A last line that an interrupted write left incomplete is cut off. Any other damaged line goes
+    to FILE.damaged, as it is; its cell counts as not measured.
+
+    Attributes:
+        rows: what the file held when it was opened.
+        damaged: lines set aside at that time.
+
     Raises:
         BlockingIOError: another process holds the file.
+        OSError: the file cannot be written; what it held stays as it was.
         ValueError: the file exists and is not a results file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.aside = path.with_suffix(".csv.damaged")
+        self._draft = path.with_suffix(".csv.new")
 
     def __enter__(self) -> Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
+        self._file = self.path.open("a+b", buffering=0)
         try:
             self._lock()
             self._mend()
@@ -181,8 +193,11 @@ class Store:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
         except BlockingIOError:
-            raise BlockingIOError(f"{self.path} is being written by another process") from None
+            free = False
+        if not free:  # or a writer has just put another file in the place of this one
+            raise BlockingIOError(f"{self.path} is being written by another process")
 
     def __exit__(
         self,
@@ -194,39 +209,62 @@ class Store:
 
     def append(self, rows: Iterable[Row]) -> None:
         """Writes rows in one piece and waits until the disk has them."""
-        self._write(rows, header=False)
+        self._write(_lines(rows))
 
     def replace(self, rows: Iterable[Row]) -> None:
         """Makes these the only rows of the file, at once or not at all."""
-        draft = self.path.with_suffix(".csv.new")
-        old, self._file = self._file, draft.open("w+b")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        self._write(rows, header=True)
-        os.replace(draft, self.path)
+        self._replace(_HEADER + _lines(rows))
+
+    def _replace(self, content: bytes) -> None:
+        old, self._file = self._file, self._draft.open("w+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._write(content)
+            os.replace(self._draft, self.path)
+        except OSError:
+            self._file.close()
+            self._file = old
+            self._draft.unlink(missing_ok=True)
+            raise
         old.close()
+        _sync_folder(self.path.parent)
 
     def _mend(self) -> None:
-        """Cuts off a last line that an interrupted write left incomplete; starts a new file."""
+        """Makes every line a row, or starts a new file."""
+        self._draft.unlink(missing_ok=True)  # a process died while it wrote this
         self._file.seek(0)
-        content = self._file.read()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            self._file.truncate(end)
-        if end == 0:
-            self._write((), header=True)
-        else:
-            _check_header(content[:end].decode().splitlines()[0], self.path)
+        *lines, torn = self._file.read().split(b"\n")
+        self.rows, good, bad = [], [], []
+        if not lines and _HEADER.startswith(torn):
+            self._file.truncate(0)
+            self._write(_HEADER)
+            _sync_folder(self.path.parent)
+            lines, torn = [_HEADER.rstrip()], b""
+        _check_header(lines[0] if lines else torn, self.path)
+        for line in lines[1:]:
+            try:
+                self.rows.append(_parse(line))
+                good.append(line)
+            except _DAMAGE:
+                bad.append(line)
+        self.damaged = len(bad)
+        if bad:
+            with self.aside.open("ab") as file:
+                file.write(b"".join(line + b"\n" for line in bad))
+                os.fsync(file.fileno())
+            self._replace(b"".join(line + b"\n" for line in (lines[0], *good)))
+        elif torn:
+            self._file.truncate(self._file.seek(0, os.SEEK_END) - len(torn))
 
-    def _write(self, rows: Iterable[Row], header: bool) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        if header:
-            writer.writeheader()
-        writer.writerows({k: _encode(v) for k, v in asdict(row).items()} for row in rows)
-        self._file.seek(0, os.SEEK_END)
-        self._file.write(text.getvalue().encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def _write(self, content: bytes) -> None:
+        end, left = self._file.seek(0, os.SEEK_END), memoryview(content)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -236,24 +274,50 @@ def read_rows(path: Path) -> list[Row]:
         OSError: the file cannot be read.
         ValueError: the file is not a results file, or a line of it is damaged; names the line.
     """
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file (byte {error.start})") from None
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    _check_header(lines[0] if lines else "", path)
+    *lines, _torn = path.read_bytes().split(b"\n")
+    _check_header(lines[0] if lines else b"", path)
     rows = []
-    for number, values in enumerate(csv.reader(lines[1:]), 2):
+    for number, line in enumerate(lines[1:], 2):
         try:
-            pairs = zip(COLUMNS, values, strict=True)
-            rows.append(Row(**{name: _decode(name, value) for name, value in pairs}))
-        except (ValueError, KeyError) as error:
+            rows.append(_parse(line))
+        except _DAMAGE as error:
             raise ValueError(f"{path}, line {number}: damaged ({error})") from None
     return rows
 
 
-def _check_header(line: str, path: Path) -> None:
-    if tuple(line.split(",")) != COLUMNS:
+# What reading a damaged line raises; what cannot be decoded is a ValueError too.
+_DAMAGE = (ValueError, KeyError, csv.Error)
+
+
+def _parse(line: bytes) -> Row:
+    """The row of one line, which is data and nothing else: no field of it is evaluated."""
+    (values,) = csv.reader([line.decode()], strict=True)
+    row = Row(**{k: _decode(k, v) for k, v in zip(COLUMNS, values, strict=True)})
+    for name, allowed in (("phase", PHASES), ("clock", CLOCKS), ("status", STATUSES)):
+        if getattr(row, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(row, name)!r}")
+    _ = row.problem, row.samples  # these have to be read from it later
+    return row
+
+
+def _lines(rows: Iterable[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_encode(getattr(row, name)) for name in COLUMNS] for row in rows)
+    return text.getvalue().encode()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the disk knows the names of the folder's files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_header(line: bytes, path: Path) -> None:
+    if line + b"\n" != _HEADER:
         raise ValueError(f"{path}: not a results file of this version (its first line differs)")
 
 
@@ -261,7 +325,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.6g}"
     # A row is one line of the file, so that a torn one can be told.
-    return "" if value is None else str(value).replace("\n", " ")
+    return "" if value is None else " ".join(str(value).splitlines()).replace("\0", " ")
 
 
 def _decode(name: str, text: str) -> Any:
@@ -271,7 +335,10 @@ def _decode(name: str, text: str) -> Any:
         return None
     if kinds == [bool]:
         return {"True": True, "False": False}[text]
-    return kinds[0](text)
+    value = kinds[0](text)
+    if value != value:
+        raise ValueError(f"{name} is {text!r}")
+    return value
 
 
 def _git_sha() -> str | None:

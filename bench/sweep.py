@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from bench.backends import BACKENDS
 from bench.cells import Cell, Group
 from bench.derived import BASELINE
 from bench.measure import Clockwork
-from bench.record import PHASES, ROOT, Environment, Row, Store, code_hash, read_rows
-from bench.specs import parameters_text, parse_method, source_file
+from bench.record import PHASES, ROOT, Environment, Row, Store, code_hash
+from bench.specs import AUTHOR_ERRORS, parameters_text, parse_method, source_file
 from bench.worker import CompileTimes, Worker, compile_ahead, compile_jobs
 from methods import METHODS, Method, Problem
 
@@ -72,7 +73,8 @@ class Sweep:
     output: str | None = None
     """Folder that holds results/ and plots/; default this repository."""
     resume: bool = False
-    """Go on with a run of that name; what is complete is not measured again."""
+    """Go on with a run of that name; what is complete is not measured again, and a failure is
+    complete: delete its line to have it tried again."""
 
 
 def sweep(request: Sweep, console: Console) -> int:
@@ -91,25 +93,34 @@ def sweep(request: Sweep, console: Console) -> int:
         raise ValueError(f"{csv_path} exists; choose another --run, or go on with it by --resume")
     _must_be_writable(csv_path.parent, plots.parent)
     with Store(csv_path) as store:
-        kept = read_rows(csv_path)
-        clockwork, rows = _measure(request, groups, kept, store, console)
+        if store.damaged:
+            console.print(f"damaged lines: {store.damaged}, now in {store.aside}", highlight=False)
+        clockwork, rows = _measure(request, groups, store, console)
     with clockwork.on("report"):
         report.print_report(rows, console)
-        drawn = figures.draw_all(rows, plots) + _draw_own_masks(request, plots)
+        drawn = figures.draw_all(rows, plots) + _draw_own_masks(request, rows, plots)
     clockwork.spent["rest"] = time.perf_counter() - started - sum(clockwork.spent.values())
     _keep_times(csv_path.with_suffix(".time.csv"), clockwork.spent)
     _say_where(csv_path, plots, len(drawn), clockwork.spent, console)
     return 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
 
 
-def _draw_own_masks(request: Sweep, folder: Path) -> list[Path]:
-    """Pictures of methods from files of the user's own, which a results file does not hold."""
+def _draw_own_masks(request: Sweep, rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Pictures of methods from files of the user's own, which a results file does not hold.
+
+    Their code runs in this process, so only what came through a measurement is drawn.
+    """
     drawn = []
+    sound = {(row.method, row.params) for row in rows if row.status == "ok"}
+    sound -= {(row.method, row.params) for row in rows if row.status in ("crash", "timeout")}
     for spec in filter(source_file, request.methods):
         method = parse_method(spec)
+        if (method.name, parameters_text(method)) not in sound:
+            continue
         label = re.sub(r"[^\w=.-]+", "_", f"{method.name} {parameters_text(method) or ''}".strip())
         p = Problem(seq_len=1024, q_heads=8, head_dim=16, dtype="float32")
-        drawn += masks.mask_figure(method, p, folder / f"mask_{label}")
+        with suppress(*AUTHOR_ERRORS):  # it may not fit this problem
+            drawn += masks.mask_figure(method, p, folder / f"mask_{label}")
     return drawn
 
 
@@ -266,29 +277,25 @@ def _must_be_writable(*folders: Path) -> None:
 
 
 def _measure(
-    request: Sweep, groups: list[Group], kept: list[Row], store: Store, console: Console
+    request: Sweep, groups: list[Group], store: Store, console: Console
 ) -> tuple[Clockwork, list[Row]]:
     """Measures what is not complete yet; every group's rows are on disk before the next."""
-    clockwork = Clockwork()
+    clockwork, rows = Clockwork(), store.rows
     with clockwork.on("start"):
         worker = Worker(groups[0].device, request.time_limit)
-    try:
-        todo = [group for group in groups if not _complete(group, kept, worker.environment)]
-        rows = list(kept)
-        with _progress(console) as bar:
-            compile_times = _compile(request, todo, clockwork, bar)
-            task = bar.add_task("measuring", total=sum(len(group.cells) for group in todo))
-            for group in todo:
-                bar.update(task, description=f"measuring {_title(group)}")
-                measured = worker.measure(group, clockwork)
-                for cell in group.cells:
-                    seconds = compile_times.get((group.problem, group.block_size, cell))
-                    measured[cell] = [replace(x, compile_s=seconds) for x in measured[cell]]
-                finished = [row for cell in group.cells for row in measured[cell]]
-                rows = _put(rows, finished, store)
-                bar.advance(task, len(group.cells))
-    finally:
-        worker.stop()
+    with worker, _progress(console) as bar:
+        todo = [group for group in groups if not _complete(group, rows, worker.environment)]
+        compile_times = _compile(request, todo, clockwork, bar)
+        task = bar.add_task("measuring", total=sum(len(group.cells) for group in todo))
+        for group in todo:
+            bar.update(task, description=f"measuring {_title(group)}")
+            measured = worker.measure(group, clockwork)
+            for cell in group.cells:
+                seconds = compile_times.get((group.problem, group.block_size, cell))
+                measured[cell] = [replace(x, compile_s=seconds) for x in measured[cell]]
+            finished = [row for cell in group.cells for row in measured[cell]]
+            rows = _put(rows, finished, store)
+            bar.advance(task, len(group.cells))
     return clockwork, rows
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from types import TracebackType
 
 import torch
 import torch._functorch.config
@@ -33,7 +39,9 @@ from methods import Problem
 
 SPAWN = multiprocessing.get_context("spawn")
 START_LIMIT = 300.0  # seconds to import and to open the device
+START_TRIES = 2
 STOP_LIMIT = 10.0  # seconds to clean up
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 CompileTimes = dict[tuple[Problem, tuple[int, int], Cell], float | None]
 
@@ -53,9 +61,23 @@ class Worker:
         self.device, self.time_limit = device, time_limit
         self.environment = self._start()
 
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._process.kill()  # whoever interrupts does not wait for the cell to end
+        self.stop()
+
     def measure(self, group: Group, clockwork: Clockwork) -> dict[Cell, list[Row]]:
         """Rows of every cell of a group, those of cells that took the process down among them."""
         failed: dict[Cell, list[Row]] = {}
+        tried_again = False
         while len(failed) < len(group.cells):
             cells = tuple(cell for cell in group.cells if cell not in failed)
             try:
@@ -63,12 +85,15 @@ class Worker:
             except CellFailed as death:
                 self._process.kill()
                 self.stop()
+                self._start()
+                if death.cell is None and death.status == "crash" and not tried_again:
+                    tried_again = True  # it may have been ended from outside
+                    continue
                 # Before any cell had begun, it is the problem itself that none can have.
                 for cell in cells if death.cell is None else (death.cell,):
                     failed[cell] = failure_rows(
                         group, self.environment, cell, death.status, death.reason
                     )
-                self._start()
         return failed
 
     def stop(self) -> None:
@@ -76,18 +101,34 @@ class Worker:
         self._connection.close()
         self._process.join(STOP_LIMIT)
         self._process.kill()
-        self._process.join()
+        self._process.join(STOP_LIMIT)
 
     def _start(self) -> Environment:
-        self._connection, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(target=_serve, args=(theirs, self.device), daemon=True)
-        self._process.start()
-        theirs.close()
-        return self._receive(None, START_LIMIT)[1]
+        """A new process.
+
+        Raises:
+            ChildProcessError: none comes up.
+        """
+        for _ in range(START_TRIES):
+            self._connection, theirs = SPAWN.Pipe()
+            self._process = SPAWN.Process(target=_serve, args=(theirs, self.device), daemon=True)
+            with _interrupts_held():
+                self._process.start()
+            theirs.close()
+            try:
+                return self._receive(None, START_LIMIT)[1]
+            except CellFailed as death:
+                reason = death.reason
+                self._process.kill()
+                self.stop()
+        raise ChildProcessError(f"no process comes up that measures on {self.device}: {reason}")
 
     def _measure_once(self, group: Group, clockwork: Clockwork) -> dict[Cell, list[Row]]:
-        self._connection.send(group)
         running: Cell | None = None
+        try:
+            self._connection.send(group)
+        except OSError:
+            raise self._died(running) from None
         while True:
             kind, *content = self._receive(running, self.time_limit)
             if kind == "running":
@@ -104,21 +145,41 @@ class Worker:
         try:
             if self._connection.poll(limit):
                 return self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join()
-            raise CellFailed(running, "crash", _death(self._process.exitcode)) from None
+        except (EOFError, OSError):  # closed, or in the middle of a message
+            raise self._died(running) from None
         raise CellFailed(running, "timeout", f"no progress within {limit:.0f} s")
 
+    def _died(self, running: Cell | None) -> CellFailed:
+        self._process.join(STOP_LIMIT)
+        return CellFailed(running, "crash", _death(self._process.exitcode))
 
-def _death(exit_code: int) -> str:
+
+def _death(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "the process closed its connection and does not end"
     if exit_code >= 0:
         return f"the process ended with status {exit_code}"
     return f"the process was ended by {signal.Signals(-exit_code).name}"
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started here never see an interrupt: their parent decides what it means."""
+    resource_tracker.ensure_running()  # starting it would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _set_up() -> None:
-    """What compiled code must agree on in every process, or the on-disk caches would not serve."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    """Ends with the parent; and what compiled code must agree on for the on-disk caches."""
+    if sys.platform == "linux":
+        # Even in the middle of a cell that never ends, when nothing else would be noticed.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != multiprocessing.parent_process().pid:
+            os._exit(1)
     torch._functorch.config.donated_buffer = False  # a backward is run again on one graph
 
 
@@ -165,7 +226,9 @@ def compile_ahead(
     pool = ProcessPoolExecutor(processes, mp_context=SPAWN, initializer=_set_up)
     futures: dict[Future, tuple[Group, Cell]] = {}
     try:
-        futures |= {pool.submit(_compile, group, cell): (group, cell) for group, cell in jobs}
+        with _interrupts_held(), suppress(BrokenProcessPool):  # one may die before all is said
+            for group, cell in jobs:
+                futures[pool.submit(_compile, group, cell)] = group, cell
         for future in _as_finished(futures, START_LIMIT + time_limit):
             group, cell = futures[future]
             if future.exception() is None:
