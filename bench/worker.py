@@ -192,7 +192,7 @@ def _serve(connection: Connection, device: str) -> None:
     while True:
         try:
             group = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return  # the parent is gone
         clockwork = Clockwork()
         try:

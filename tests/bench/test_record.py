@@ -1,5 +1,7 @@
 """The CSV store: what was written is read back, a torn line is cut, damage is named."""
 
+import fcntl
+import resource
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,11 @@ def test_rows_survive_the_file(tmp_path):
     assert read_rows(path)[1].median_us is None
 
 
-def test_a_row_is_one_line(tmp_path):
+@pytest.mark.parametrize("end", ["\n", "\r", "\v", "\x85", "\u2028", "\0"])
+def test_a_row_is_one_line(tmp_path, end):
     path = tmp_path / "a.csv"
     with Store(path) as store:
-        store.append([make_row(reason="two\nlines")])
+        store.append([make_row(reason=f"two{end}lines")])
     assert len(path.read_text().splitlines()) == 2
     assert read_rows(path)[0].reason == "two lines"
 
@@ -77,6 +80,13 @@ def test_replace_leaves_only_the_given_rows_and_keeps_the_lock(tmp_path):
         (lambda text: "a,b\n" + text, "not a results file"),
         (lambda text: text.replace("bfloat16,True", "bfloat16,maybe"), "line 2: damaged"),
         (lambda text: text + "short,line\n", "line 3: damaged"),
+        (lambda text: text + "\n", "line 3: damaged"),
+        (lambda text: text.replace("spattention", 'spatt"ention,"'), "line 2: damaged"),
+        (lambda text: text.replace("bfloat16", "bfloat"), "line 2: damaged .dtype"),
+        (lambda text: text.replace("fwd_bwd", "fwd_bw"), "line 2: damaged .phase is 'fwd_bw'"),
+        (lambda text: text.replace("bwd,device", "bwd,devices"), "line 2: damaged .clock"),
+        (lambda text: text.replace(",ok,", ",okay,"), "line 2: damaged .status"),
+        (lambda text: text.replace(",ok,,", ",ok,,nan"), "line 2: damaged .compile_s is 'nan'"),
         (lambda text: "", "not a results file"),
     ],
 )
@@ -89,12 +99,94 @@ def test_damage_is_named(tmp_path, damage, message):
         read_rows(path)
 
 
-def test_a_file_that_is_no_results_file_is_not_written_to(tmp_path):
+@pytest.mark.parametrize("notes", ["my,own,notes\n", "my,own,notes", "run,mine"])
+def test_a_file_that_is_no_results_file_is_not_written_to(tmp_path, notes):
     path = tmp_path / "notes.csv"
-    path.write_text("my,own,notes\n")
+    path.write_text(notes)
     with pytest.raises(ValueError, match="not a results file"), Store(path):
         pass
-    assert path.read_text() == "my,own,notes\n"
+    assert path.read_text() == notes
+
+
+DAMAGE = [b"garbage", bytes(range(128, 256)), b'a,"quote,that is not closed', b""]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_is_set_aside_and_the_others_stay(tmp_path, damage):
+    path = tmp_path / "a.csv"
+    rows = [make_row(seq_len=n) for n in (512, 1024, 2048)]
+    with Store(path) as store:
+        store.append(rows)
+    whole = path.read_bytes()
+    lines = whole.split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:2], damage, *lines[2:4], b"torn"]))
+    with Store(path) as store:
+        assert (store.rows, store.damaged) == (rows, 1)
+        assert store.aside.read_bytes() == damage + b"\n"
+        store.append([])
+    assert path.read_bytes() == whole
+    with Store(path) as store:
+        assert (store.rows, store.damaged) == (rows, 0)
+
+
+def test_text_that_looks_like_code_is_text(tmp_path):
+    path = tmp_path / "a.csv"
+    row = make_row(
+        params=f"=open('{tmp_path / 'trap'}','w')", method="evil.py:METHOD", reason="=1"
+    )
+    with Store(path) as store:
+        store.append([row])
+    assert read_rows(path) == [row]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def limit_file_size():
+    """A limit on the size of files, as a full disk is one; the test says how many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("write", [Store.append, Store.replace])
+def test_a_write_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, write, limit_file_size):
+    path = tmp_path / "a.csv"
+    first = make_row(seq_len=512)
+    with Store(path) as store:
+        store.append([first])
+        size = path.stat().st_size
+        limit_file_size(size + 100)
+        with pytest.raises(OSError, match="File too large") as caught:
+            write(store, [make_row(seq_len=n) for n in (1024, 2048)])
+        assert caught.value.filename == str(path)
+        assert path.stat().st_size == size
+        limit_file_size(resource.RLIM_INFINITY)
+        store.append([first])
+    assert read_rows(path) == [first, first]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_draft_that_a_dead_process_left_is_removed(tmp_path):
+    (tmp_path / "a.csv.new").write_text("half")
+    with Store(tmp_path / "a.csv"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_file_that_was_replaced_meanwhile_is_not_written_to(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    with Store(path):
+        pass
+    lock = fcntl.flock
+
+    def late(file, how):
+        (tmp_path / "other").write_bytes(path.read_bytes())
+        (tmp_path / "other").rename(path)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BlockingIOError), Store(path):
+        pass
 
 
 def test_the_code_hash_covers_a_users_file(tmp_path):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import run_bench
+from bench import sweep
 from bench.record import ROOT, read_rows
 from bench.sweep import Sweep, expand
+from tests.bench.rows import make_row
 
 SMALL = [
     "--seq-len", "96", "--heads", "4", "--head-dim", "16", "--rounds", "3", "--seconds", "0.01",
@@ -70,6 +72,36 @@ def test_a_problem_that_no_memory_holds_is_rows_and_the_sweep_goes_on(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert {row.status for row in rows if row.seq_len > 96} == {"oom"}
     assert {row.status for row in rows if row.seq_len == 96} == {"ok"}
+
+
+def test_only_methods_that_were_measured_are_drawn_in_this_process(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("""
+from dataclasses import dataclass
+from typing import ClassVar
+from methods import Method
+
+@dataclass(frozen=True)
+class Mine(Method):
+    name: ClassVar[str] = "mine"
+    paper: ClassVar[str] = "none"
+    wrong: bool = False
+
+    def mask_mod(self, p, device, state=None):
+        if self.wrong:
+            raise SystemExit("drawn")
+        return lambda b, h, i, j: i >= j
+
+METHOD = Mine()
+""")
+    specs = (f"{file}:METHOD", f"{file}:METHOD:wrong=True")
+    rows = [make_row(method="mine", params="wrong=False"),
+            make_row(method="mine", params="wrong=True", status="crash")]  # fmt: skip
+    drawn = sweep._draw_own_masks(sweep.Sweep(methods=specs), rows, tmp_path)
+    assert {path.stem for path in drawn} == {"mask_mine_wrong=False"}
+    with pytest.raises(SystemExit):
+        changed = [rows[0], replace(rows[1], status="ok")]
+        sweep._draw_own_masks(sweep.Sweep(methods=specs), changed, tmp_path)
 
 
 @pytest.mark.parametrize(

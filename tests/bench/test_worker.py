@@ -1,12 +1,22 @@
 """Isolation: what takes a process down becomes a row, and the others are measured."""
 
+import os
+import pickle
+import subprocess
+import sys
 import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
+import bench.worker as worker_module
 from bench.cells import Cell, Group
 from bench.measure import Clockwork
-from bench.worker import Worker, compile_ahead, compile_jobs
+from bench.record import ROOT, environment
+from bench.worker import CellFailed, Worker, compile_ahead, compile_jobs
 from methods import Problem
 
 DEADLY = """
@@ -62,6 +72,94 @@ def test_a_kill_a_hang_and_a_lost_device_are_rows(group):
         ("fwd", "ok", 2), ("bwd", "ok", 2),
     ]  # fmt: skip
     assert len({row.code for row in standard + killed}) == 2  # the user's file counts as code
+
+
+def statuses(rows):
+    return {row.status for cell in rows.values() for row in cell}
+
+
+def test_a_worker_that_was_ended_between_groups_costs_no_row(group):
+    sound = replace(group, cells=group.cells[1:2])
+    with Worker("cpu", time_limit=60.0) as worker:
+        worker._process.kill()
+        worker._process.join()
+        assert statuses(worker.measure(sound, Clockwork())) == {"ok"}
+        assert worker._process.is_alive()
+    assert not worker._process.is_alive()
+
+
+def test_a_problem_that_ends_the_process_twice_is_rows(group, monkeypatch):
+    deaths = []
+
+    def die(self, group, clockwork):
+        deaths.append(group)
+        raise CellFailed(None, "crash", "no memory")
+
+    monkeypatch.setattr(Worker, "_measure_once", die)
+    monkeypatch.setattr(Worker, "_start", lambda self: self._process)
+    monkeypatch.setattr(Worker, "_process", NoProcess(), raising=False)
+    monkeypatch.setattr(Worker, "_connection", NoProcess(), raising=False)
+    worker = Worker("cpu", time_limit=60.0)
+    worker.environment = environment(torch.device("cpu"))
+    assert statuses(worker.measure(group, Clockwork())) == {"crash"}
+    assert len(deaths) == 2
+
+
+class NoProcess:
+    def kill(self): ...
+    def join(self, limit=None): ...
+    def close(self): ...
+
+
+def test_a_worker_that_never_comes_up_is_one_error(monkeypatch):
+    monkeypatch.setattr(worker_module, "_serve", dying)
+    with pytest.raises(
+        ChildProcessError, match="measures on cpu: the process ended with status 3"
+    ):
+        Worker("cpu", time_limit=60.0)
+
+
+def dying(connection, device):
+    os._exit(3)
+
+
+def test_a_worker_in_an_endless_cell_ends_with_its_parent(group, tmp_path):
+    script = tmp_path / "sweep.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, pickle, sys, threading, time
+        from bench.measure import Clockwork
+        from bench.worker import Worker
+
+        def leave(worker):
+            print(worker._process.pid, flush=True)
+            time.sleep(2)
+            os.kill(os.getpid(), 9)
+
+        if __name__ == "__main__":
+            worker = Worker("cpu", time_limit=600.0)
+            threading.Thread(target=leave, args=(worker,)).start()
+            with open(sys.argv[1], "rb") as file:
+                worker.measure(pickle.load(file), Clockwork())
+    """)
+    )
+    (tmp_path / "group").write_bytes(pickle.dumps(replace(group, cells=group.cells[2:3])))
+    answer = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "group")], stdout=subprocess.PIPE,
+        text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert answer.returncode == -9
+    pid, deadline = int(answer.stdout), time.monotonic() + 10
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_compiling_ahead_survives_a_death(group):
