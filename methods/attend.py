@@ -21,6 +21,7 @@ from methods.presets import resolve
 Executor = Callable[[Layout], tuple[Tensor, Tensor | None]]
 
 EXECUTORS = ("flex", "eager", "blockwise")
+NO_LSE = "FlexAttention's CPU kernel gives no log-sum-exp"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _serial = itertools.count()
 
@@ -40,17 +41,20 @@ def attend(
 
     Args:
         q: [B, Hq, N, D].
-        k, v: [B, Hkv, N, D]; Hq is a multiple of Hkv.
+        k, v: [B, Hkv, N, D]; Hq is a multiple of Hkv. Where a method shares queries and keys, k is
+            q itself.
         method: a name in METHODS or a Method.
         causal: whether query i sees only keys j <= i.
         backend: "flex" (compiled FlexAttention), "eager" (FlexAttention uncompiled, N x N scores),
             "blockwise" (plain PyTorch, any device, float64, both passes) or "auto": flex, but
-            blockwise on a CPU where a gradient is asked for, and for float64 everywhere.
+            blockwise for float64, and on a CPU where a gradient is asked for or the method needs
+            the log-sum-exp.
         global_tokens: Longformer's global tokens of each sample, bool [B, N], in place of its
             prefix.
         global_qkv: Longformer's separate projections, shaped as q, k, v, for rows of global
             tokens.
-        state: of this call, in place of what the method prepares: BigBird's `drawn_blocks`.
+        state: of this call, in place of what the method prepares: BigBird's `drawn_blocks`,
+            Reformer's buckets.
 
     Returns:
         [B, Hq, N, D] in the dtype of q; rows of queries that see no key are 0.
@@ -59,8 +63,11 @@ def attend(
         ValueError: shapes, dtypes or devices that do not go together, or an unknown name; one
             line says what was given and what is allowed.
     """
+    method = resolve(method)
+    if method.shared_qk and k is not q:
+        raise ValueError(f"{method.name} shares queries and keys; k must be the tensor that q is")
     given = (q, k, v) if global_qkv is None else (q, k, v, *global_qkv)
-    backend = _backend_for(given, backend)
+    backend = _backend_for(method, given, backend)
     if backend in ("flex", "eager") and not q.is_cuda:
         q, k, v, *own = (x.detach() for x in given)  # this kernel refuses leaves that want grads
         global_qkv = None if global_qkv is None else tuple(own)
@@ -73,15 +80,14 @@ def attend(
     return attend_globals(run.method, q, k, v, run.problem, run.execute, global_tokens, global_qkv)
 
 
-def _with_globals(method: str | Method, given: bool) -> Longformer:
+def _with_globals(method: Method, given: bool) -> Longformer:
     """The method whose global tokens a caller gives, which then has no prefix of its own."""
-    method = resolve(method)
     if not isinstance(method, Longformer):
         raise ValueError(f"{method.name} has no global tokens to be given; longformer has")
     return replace(method, n_global=0) if given else method
 
 
-def _backend_for(given: tuple[Tensor, ...], backend: str) -> str:
+def _backend_for(method: Method, given: tuple[Tensor, ...], backend: str) -> str:
     """The executor of a call, "auto" resolved."""
     q = given[0]
     if any(x.dtype != q.dtype or x.device != q.device for x in given):
@@ -89,10 +95,12 @@ def _backend_for(given: tuple[Tensor, ...], backend: str) -> str:
         raise ValueError(f"tensors differ in dtype or device: {kinds}; all must be as q")
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if backend == "auto":
-        flex = q.dtype != torch.float64 and (q.is_cuda or not wants_grad)
+        flex = q.dtype != torch.float64 and (q.is_cuda or not (wants_grad or method.needs_lse))
         return "flex" if flex else "blockwise"
     if backend in ("flex", "eager") and wants_grad and not q.is_cuda:
         raise ValueError(f"backend {backend!r} has no backward on a CPU; blockwise has")
+    if backend == "flex" and method.needs_lse and not q.is_cuda:
+        raise ValueError(f"backend 'flex' on a CPU: {NO_LSE}, which {method.name} needs")
     return backend
 
 
@@ -186,7 +194,7 @@ def _flex(
 
 @lru_cache(maxsize=256)
 def _cached_plan(
-    method: str | Method,
+    method: Method,
     q: torch.Size,
     k: torch.Size,
     v: torch.Size,
@@ -206,4 +214,4 @@ def _cached_plan(
         batch=q[0], q_heads=q[1], kv_heads=k[1], seq_len=q[2], head_dim=q[3],
         dtype=_DTYPE_NAMES[dtype], causal=causal,
     )  # fmt: skip
-    return plan(resolve(method), p, backend)
+    return plan(method, p, backend)

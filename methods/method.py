@@ -116,6 +116,10 @@ class Method:
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    # Whether queries and keys are one tensor.
+    shared_qk: ClassVar[bool] = False
+    # Whether the layout's `restore` reads the log-sum-exp.
+    needs_lse: bool = False
 
     def validate(self, p: Problem) -> None:
         """Raises ValueError, in one line, where the parameters do not fit the problem."""
@@ -123,6 +127,10 @@ class Method:
     def prepare(self, q: Tensor, k: Tensor, p: Problem) -> Any:
         """State of one call, computed from q [B, Hq, N, D] and k; None for a static method."""
         return None
+
+    def keys(self, k: Tensor) -> Tensor:
+        """What scores are taken with, of k [B, Hkv, N, D]: differentiable, homogeneous in k."""
+        return k
 
     def mask_mod(self, p: Problem, device: torch.device, state: Any = None) -> MaskMod:
         """The definition: a closure (b, h, q_idx, kv_idx) -> bool tensor."""
@@ -184,10 +192,18 @@ class Method:
         if state is None:
             mask, score_mod = static_parts(self, p, q.device, block_size)
         else:
-            # Full width: one that followed the data would be compiled anew for every state.
-            mask = block_mask(self, p, q.device, block_size, state=state)
+            mask = self.blocks(p, q.device, block_size, state)
             score_mod = self.score_mod(p, q.device, state)
         return Layout(q, k, v, mask, score_mod)
+
+    def blocks(
+        self, p: Problem, device: torch.device, block_size: tuple[int, int] = (128, 128),
+        state: Any = None,
+    ) -> BlockMask:  # fmt: skip
+        """The blocks that a kernel visits, in the order of the layout."""
+        # Of full width with a state: one that followed the data would be compiled anew for each.
+        narrow = device.type == "cuda" and state is None
+        return block_mask(self, p, device, block_size, state=state, narrow=narrow)
 
 
 @lru_cache(maxsize=32)
@@ -195,8 +211,7 @@ def static_parts(
     method: Method, p: Problem, device: torch.device, block_size: tuple[int, int]
 ) -> tuple[BlockMask, ScoreMod | None]:
     """Block mask and score_mod of a static method, built once a problem."""
-    mask = block_mask(method, p, device, block_size, narrow=device.type == "cuda")
-    return mask, method.score_mod(p, device)
+    return method.blocks(p, device, block_size), method.score_mod(p, device)
 
 
 def _axes(p: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from methods.bigbird import BigBird
 from methods.longformer import Longformer
 from methods.mehc import MehcBigBird, MehcLongformer, MehcReformer
 from methods.method import Method
+from methods.reformer import Reformer
 from methods.sliding_window import SlidingWindow
 from methods.spattention import GappedBands, LocalOnly, SPAttention, SPAttentionReleased
 from methods.standard import Standard
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
         GappedBands(),
         Longformer(),
         BigBird(),
+        Reformer(),
         MehcLongformer(),
         MehcBigBird(),
         MehcReformer(),

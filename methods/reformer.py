@@ -1,0 +1,328 @@
+"""Reformer: attention among tokens that hash alike (Kitaev et al. 2020, arXiv:2001.04451)."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from methods.chunks import PENALTY, Chunks, Listings, Rounds, merge, sort
+from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, ScoreMod, static_parts
+
+MODES = ("exact", "transformers", "reformer_pytorch")
+# As in trax: two rotations in place of one, whose memory would grow with N^2 / chunk.
+MOST_IN_ONE_ROTATION = 128
+
+
+@dataclass(frozen=True)
+class Reformer(Method):
+    """Reformer: tokens attend within chunks of their hash order, which leaks later tokens.
+
+    Queries and keys are one tensor x; a score is x_i . x_j / |x_j| / sqrt(D). Each of n_rounds
+    rounds hashes every token by random rotations, sorts by (bucket, position) and cuts the order
+    into chunks. A query's candidates are its own chunk and the one before. Exact mode is one
+    softmax over the union of all rounds' candidates, as in the paper: each round subtracts
+    log N_ij, the number of rounds in which i lists j, and rounds are merged by their log-sum-exp.
+    A token's score with itself is lowered by 1e5, so that it counts where nothing else does.
+
+    Under causality j <= i in the text. Values obey it; but where chunks begin depends on all
+    tokens, so that another x of a later token moves outputs of earlier ones. The original and
+    both libraries leak the future in this way too. No gradient passes through the hash.
+
+    The state of a call is `rounds(buckets)` of buckets that `hash` or the caller gives.
+
+    Attributes:
+        chunk: slots in a chunk; the last one is shorter where N is no multiple (exact mode).
+        n_buckets: an even number, or several, each of a rotation of its own, whose product
+            counts. None for 2 N / chunk, rounded down to a power of two and from 256 on split
+            between two rotations; in mode reformer_pytorch N / chunk.
+        n_rounds: rounds of hashing; the libraries' num_hashes and n_hashes.
+        seed: of the rotations, one a head and round; layers of one model should differ in it.
+        before, after: chunks that a query sees before and after its own.
+        within_buckets: of these, only tokens in the query's bucket.
+        mode: "exact", or what a library computes: "transformers" (5.23) or "reformer_pytorch"
+            (1.4.4). There all rounds are one ring, chunk 0 looks at the last chunk of the round
+            before, and a key counts as often as it is listed; transformers does not divide scores
+            by sqrt(D). (reformer_pytorch without duplicates inside buckets is exact mode.)
+    """
+
+    name: ClassVar[str] = "reformer"
+    paper: ClassVar[str] = "Kitaev et al. 2020, arXiv:2001.04451"
+    shared_qk: ClassVar[bool] = True
+    chunk: int = 128
+    n_buckets: int | tuple[int, ...] | None = None
+    n_rounds: int = 4
+    seed: int = 0
+    before: int = 1
+    after: int = 0
+    within_buckets: bool = False
+    mode: str = "exact"
+
+    def __post_init__(self) -> None:
+        least = {"chunk": 1, "n_rounds": 1, "seed": 0, "before": 0, "after": 0}
+        for field, low in least.items():
+            value = getattr(self, field)
+            if type(value) is not int or value < low:
+                raise ValueError(
+                    f"reformer: {field} is {value!r}; it must be a whole number, {low} or more"
+                )
+        sizes = self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets,)
+        even = sizes and all(type(x) is int and x > 0 and x % 2 == 0 for x in sizes)
+        if self.n_buckets is not None and not even:
+            raise ValueError(
+                f"reformer: n_buckets is {self.n_buckets!r}; "
+                "it must be an even number above 0, a tuple of such, or None"
+            )
+        if type(self.within_buckets) is not bool or self.mode not in MODES:
+            raise ValueError(
+                f"reformer: within_buckets is {self.within_buckets!r} and mode {self.mode!r}; "
+                f"they must be True or False, and one of {', '.join(MODES)}"
+            )
+
+    @property
+    def ring(self) -> bool:
+        """Whether the rounds form one ring of chunks, rather than a line each."""
+        return self.mode != "exact"
+
+    @property
+    def needs_lse(self) -> bool:
+        return self.n_rounds > 1
+
+    def validate(self, p: Problem) -> None:
+        fault = None
+        if p.kv_heads != p.q_heads:
+            fault = f"{p.q_heads} query and {p.kv_heads} key heads; it shares them: give as many"
+        elif self.chunk > p.seq_len:
+            fault = f"chunk is {self.chunk}; there are only {p.seq_len} tokens"
+        elif self.ring and p.seq_len % self.chunk:
+            fault = (
+                f"{p.seq_len} tokens are no multiple of chunk {self.chunk}, "
+                f"which mode {self.mode!r} needs; exact does not"
+            )
+        elif self.ring and self.n_rounds * p.seq_len // self.chunk <= self.before + self.after:
+            fault = (
+                f"before {self.before} and after {self.after} go round the ring of "
+                f"{self.n_rounds * p.seq_len // self.chunk} chunks; more chunks are needed"
+            )
+        elif any(size % 2 for size in self.rotations(p)):
+            fault = f"N / chunk is {p.seq_len // self.chunk}; give an even n_buckets"
+        if fault is not None:
+            raise ValueError(f"reformer: {fault}")
+
+    def rotations(self, p: Problem) -> tuple[int, ...]:
+        """Buckets of each rotation; their product is the number of buckets."""
+        if self.n_buckets is not None:
+            return self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets,)
+        if self.mode == "reformer_pytorch":
+            return (p.seq_len // self.chunk,)
+        exponent = (2 * (p.seq_len // self.chunk)).bit_length() - 1
+        if 2**exponent <= MOST_IN_ONE_ROTATION:
+            return (2**exponent,)
+        return 2 ** (exponent // 2), 2 ** (exponent - exponent // 2)
+
+    @torch.no_grad()
+    def hash(self, q: Tensor, p: Problem) -> Tensor:
+        """Bucket of each token in each round, by angular LSH: int64 [B, H, R, N].
+
+        The draw is that of transformers: its hash_seed = seed gives the same buckets in float32
+        on a CPU.
+
+        Args:
+            q: [B, H, N, D].
+        """
+        sizes = self.rotations(p)
+        drawn = _draw(p.q_heads, p.head_dim, self.n_rounds, sum(sizes) // 2, self.seed, q.device)
+        rotated = torch.einsum("bhnd,hdrx->bhrnx", q.float(), drawn)
+        buckets, counted = 0, 1
+        for part, size in zip(rotated.split([x // 2 for x in sizes], -1), sizes, strict=True):
+            buckets = buckets + counted * torch.cat((part, -part), -1).argmax(-1)
+            counted *= size
+        return buckets
+
+    def rounds(self, buckets: Tensor, p: Problem) -> Rounds:
+        """State of a call with these buckets.
+
+        Args:
+            buckets: int [B, H, n_rounds, N]; within a round only their order counts.
+
+        Raises:
+            ValueError: another shape.
+        """
+        wanted = (p.batch, p.q_heads, self.n_rounds, p.seq_len)
+        if buckets.shape != wanted:
+            raise ValueError(
+                f"reformer: buckets have shape {list(buckets.shape)}; they must be {list(wanted)}"
+            )
+        order = buckets.argsort(dim=-1, stable=True)
+        slots = torch.arange(p.seq_len, device=buckets.device).expand(wanted)
+        return Rounds(buckets, order, torch.empty_like(order).scatter_(-1, order, slots))
+
+    def prepare(self, q: Tensor, k: Tensor, p: Problem) -> Rounds:
+        return self.rounds(self.hash(q, p), p)
+
+    def keys(self, k: Tensor) -> Tensor:
+        wide = k.to(torch.promote_types(k.dtype, torch.float32))
+        if self.mode == "transformers":
+            # Of length sqrt(D), which undoes the division of the score.
+            return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(k.dtype)
+        return F.normalize(wide, dim=-1).to(k.dtype)
+
+    def spans(self, slots: int) -> list[tuple[int, int]]:
+        """First and last difference, chunk of the query less chunk of the key, of candidates."""
+        near, chunks = (-self.after, self.before), slots // self.chunk
+        if not self.ring:
+            return [near]
+        if chunks == self.before + self.after + 1:
+            return [(-chunks, chunks)]
+        return [(near[0] + turn, near[1] + turn) for turn in (-chunks, 0, chunks)]
+
+    def near(self, slots: int) -> Callable[[Tensor], Tensor]:
+        """A closure difference of chunks -> whether it is one of candidates."""
+        spans = self.spans(slots)
+
+        def inside(difference: Tensor) -> Tensor:
+            found = False
+            for first, last in spans:
+                found = found | ((difference >= first) & (difference <= last))
+            return found
+
+        return inside
+
+    def listings(self, p: Problem, state: Rounds) -> Listings:
+        """A closure (b, h, i, j) -> N_ij: how often token i lists token j, causal or not."""
+        chunks = p.seq_len // self.chunk if self.ring else 0
+        number = torch.arange(self.n_rounds, device=state.slot.device)[:, None]
+        # On a ring the chunks of all rounds are numbered on.
+        places = _each((state.slot // self.chunk + number * chunks).int())
+        buckets = _each(state.buckets.int()) if self.within_buckets else None
+        near = self.near(p.seq_len * self.n_rounds)
+        rounds, across = range(self.n_rounds), self.ring and not self.within_buckets
+        pairs = [(x, y) for x in rounds for y in rounds if x == y or across]
+
+        def count(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            total = 0
+            for own, other in pairs:
+                listed = near(places[own][b, h, i] - places[other][b, h, j])
+                if buckets is not None:
+                    listed = listed & (buckets[own][b, h, i] == buckets[own][b, h, j])
+                total = total + listed.int()
+            return total
+
+        return count
+
+    def mask_mod(self, p: Problem, device: torch.device, state: Rounds | None = None) -> MaskMod:
+        """The union of all rounds' candidates, in token order.
+
+        Raises:
+            ValueError: there is no state.
+        """
+        listings, causal = self.listings(p, _given(state)), p.causal
+
+        def mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            listed = listings(b, h, q_idx, kv_idx) > 0
+            return listed & (kv_idx <= q_idx) if causal else listed
+
+        return mask
+
+    def score_mod(self, p: Problem, device: torch.device, state: Rounds | None = None) -> ScoreMod:
+        """In token order: a token's penalty with itself, and on a ring log N_ij."""
+        listings = self.listings(p, _given(state)) if self.ring else None
+
+        def bias(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            score = torch.where(q_idx == kv_idx, score - PENALTY, score)
+            if listings is None:
+                return score
+            return score + listings(b, h, q_idx, kv_idx).clamp(min=1).to(score.dtype).log()
+
+        return bias
+
+    def rows(
+        self, p: Problem, device: torch.device, index: Tensor, state: Rounds | None = None
+    ) -> Tensor:
+        """As `Method.rows`; without the penalty in a row that sees itself alone.
+
+        There it changes nothing, but the gate would allow for rounding errors of 1e5.
+        """
+        bias = super().rows(p, device, index, state)
+        alone = bias.amax(-1, keepdim=True) < -PENALTY / 2
+        return torch.where(alone, bias + PENALTY, bias)
+
+    def allowed_pairs(self, p: Problem, state: Rounds | None = None) -> int:
+        """As `Method.allowed_pairs`; pairs of the first sample's union, in memory linear in N."""
+        state, chunks = _given(state), Chunks(self)
+        listings, order = self.listings(p, state), chunks.fold(state.order)[0]
+        tokens, buckets = (
+            F.pad(x, (0, -x.shape[1] % self.chunk), value=-1).unflatten(1, (-1, self.chunk))
+            for x in (order, chunks.buckets(state)[0])
+        )
+        head = torch.arange(len(order), device=order.device)[:, None, None, None]
+        token_head = head // (len(order) // p.q_heads)
+        number = torch.arange(tokens.shape[1], device=order.device)
+        strips = number.split(max(1, STRIP_ELEMENTS // (self.chunk**2 * len(order))))
+        total = 0.0
+        for own, step in itertools.product(strips, range(-self.after, self.before + 1)):
+            other = (own - step) % len(number) if self.ring else own - step
+            exists = (other >= 0) & (other < len(number))
+            own, other = own[exists], other[exists]
+            i, j = tokens[:, own, :, None], tokens[:, other, None, :]
+            allowed = (i >= 0) & (j >= 0) & ((j <= i) | (not p.causal))
+            if self.within_buckets:
+                allowed &= buckets[:, own, :, None] == buckets[:, other, None, :]
+            times = listings(head[:1] * 0, token_head, i.clamp(min=0), j.clamp(min=0))
+            # A pair that is met in several rounds adds up to one.
+            total += float((allowed / times.clamp(min=1).double()).sum())
+        return round(total)
+
+    def layout(
+        self, q: Tensor, k: Tensor, v: Tensor, p: Problem, state: Rounds | None = None,
+        block_size: tuple[int, int] = (128, 128),
+    ) -> Layout:  # fmt: skip
+        """Slots in place of tokens: [B, H R, N, D], or on a ring [B, H, R N, D].
+
+        q and k may be two tensors of equal values, so that their gradients can be told apart.
+        """
+        state, chunks = _given(state), Chunks(self)
+        slots = chunks.problem(p)
+        mask = copy.copy(static_parts(chunks, slots, q.device, block_size)[0])
+        mask.mask_mod = chunks.mask_mod(slots, q.device, state)
+        q, k, v = (chunks.fold(sort(x, state)) for x in (q, self.keys(k), v))
+        return Layout(
+            q, k, v, mask, chunks.score_mod(slots, q.device, state),
+            restore=lambda out, lse: merge(out, lse, state), needs_lse=self.needs_lse,
+        )  # fmt: skip
+
+    def blocks(
+        self, p: Problem, device: torch.device, block_size: tuple[int, int] = (128, 128),
+        state: Rounds | None = None,
+    ) -> BlockMask:  # fmt: skip
+        """As `Method.blocks`, over slots and for any state."""
+        chunks = Chunks(self)
+        return chunks.blocks(chunks.problem(p), device, block_size)
+
+
+def _given(state: Rounds | None) -> Rounds:
+    if state is None:
+        raise ValueError("reformer: its mask follows from the inputs; give state=prepare(q, k, p)")
+    return state
+
+
+def _each(x: Tensor) -> tuple[Tensor, ...]:
+    """[B, H, R, N] -> [B, H, N] of each round, for a closure that kernels inline."""
+    return x.movedim(2, 0).contiguous().unbind()
+
+
+@lru_cache(maxsize=32)
+def _draw(
+    heads: int, dim: int, rounds: int, columns: int, seed: int, device: torch.device
+) -> Tensor:
+    """Random rotations, float32 [H, D, R, columns]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(heads, dim, rounds, columns, generator=generator).to(device)
