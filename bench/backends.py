@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.timing import Call
 from methods import Method, Problem
-from methods.attend import plan
+from methods.attend import NO_LSE, plan
 
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -111,6 +111,8 @@ def _no_compiler(device: torch.device) -> str | None:
 def _flex_refuses(method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
     if p.dtype == "float64":
         return "FlexAttention's kernels have no float64"
+    if device.type == "cpu" and method.needs_lse:
+        return f"{NO_LSE}, which {method.name} needs"
     return _forward_only_on_cpu(device, phase)
 
 

@@ -30,7 +30,7 @@ from bench.cells import Cell, Group, Prepared, failure_rows, rows_of
 from bench.record import Environment, Row
 from bench.sampling import sample_rounds
 from bench.specs import AUTHOR_ERRORS, parse_method
-from methods import Method, block_mask
+from methods import Method
 from methods.blocks import computed_pairs
 from methods.method import static_parts
 
@@ -144,6 +144,12 @@ class _Bench:
         ]  # fmt: skip
         return (*(x.requires_grad_() for x in drawn[:3]), drawn[3])
 
+    def _inputs(self, method: Method) -> list[tuple[Tensor, ...]]:
+        """Sets of q, k, v and gradient; k is q where a method shares them."""
+        if not method.shared_qk:
+            return self.inputs
+        return [(q, q, v, grad_out) for q, _, v, grad_out in self.inputs]
+
     def prepare(self, cell: Cell) -> Prepared:
         """Builds, gates and makes samplers; whatever is refused says why."""
         method, backend = parse_method(cell.method), BACKENDS[cell.backend]
@@ -175,12 +181,15 @@ class _Bench:
         """The cell's function, compiled, counted and gated."""
         method, backend = prepared.method, BACKENDS[prepared.cell.backend]
         attention = backend.build(method, self.p, self.device, self.group.block_size)
-        q, k, v = (x.detach() for x in self.inputs[0][:3])
+        inputs = self._inputs(method)
+        q, k, v = (x.detach() for x in inputs[0][:3])
         state = prepared.state = method.prepare(q, k, self.p)
         prepared.facts["allowed_pairs"] = method.allowed_pairs(self.p, state)
         if backend.uses_blocks:
             layout = method.layout(q, k, v, self.p, state, self.group.block_size)
-            prepared.facts["computed_pairs"] = computed_pairs(layout.block_mask, self.p)
+            heads = layout.q.shape[1]  # a kernel may see the rounds of a head as heads
+            as_seen = replace(self.p, q_heads=heads, kv_heads=heads)
+            prepared.facts["computed_pairs"] = computed_pairs(layout.block_mask, as_seen)
         if self.p.causal and self._sees_future(method, state):
             reason = "the mask allows keys after the query, but the problem is causal"
             prepared.refused |= {x: ("mismatch", reason) for x in wanted}
@@ -188,7 +197,7 @@ class _Bench:
         gradients = any(phase in BACKWARD_PHASES for phase in wanted)
         prepared.generated = kernels.generated()
         with self.clockwork.on("compile"):
-            first_calls(attention, self.inputs[0], wanted)
+            first_calls(attention, inputs[0], wanted)
         with self.clockwork.on("gate"):
             verdict = self._gate(method, state, attention, wanted)
         errors = ("error_out", "error_dq", "error_dk", "error_dv", "error_budget")
@@ -197,11 +206,11 @@ class _Bench:
             prepared.refused |= {x: ("mismatch", verdict.reason) for x in wanted}
         elif self.device.type == "cuda":
             if gradients:
-                own = sum(x.nbytes for x in self.inputs[0])
-                call = partial(forward_backward, attention, self.inputs[0])
+                own = sum(x.nbytes for x in {*inputs[0]})
+                call = partial(forward_backward, attention, inputs[0])
                 prepared.facts["peak_bytes"] = own + self._peak_bytes(call)
             if "layout" in wanted:
-                build = partial(self._block_mask, method, state)
+                build = partial(self._blocks, method, state)
                 prepared.layout_bytes = self._peak_bytes(build)
         return attention
 
@@ -211,15 +220,16 @@ class _Bench:
         later = torch.arange(self.p.seq_len, device=self.device) > some[..., None]
         return bool((method.rows(self.p, self.device, some, state).isfinite() & later).any())
 
-    def _block_mask(self, method: Method, state: Any) -> BlockMask:
-        narrow, size = self.device.type == "cuda" and state is None, self.group.block_size
-        return block_mask(method, self.p, self.device, size, state=state, narrow=narrow)
+    def _blocks(self, method: Method, state: Any) -> BlockMask:
+        return method.blocks(self.p, self.device, self.group.block_size, state)
 
     def _gate(
         self, method: Method, state: Any, attention: Attention, wanted: Sequence[str]
     ) -> oracle.Verdict:
         """Judges every function that will be timed: without gradients is another kernel."""
-        q, k, v, _ = self.inputs[0]
+        q, k, v, _ = self._inputs(method)[0]
+        if k is q:  # leaves of their own, so that their gradients are judged apart
+            k = q.detach().requires_grad_()
         if self.reference is None or self.reference[0] != method:
             self.reference = method, oracle.build_reference(
                 method, self.p, q.detach(), k.detach(), v.detach(), self.rows, self.cotangent,
@@ -251,10 +261,10 @@ class _Bench:
 
     def _add_samplers(self, prepared: Prepared, attention: Attention, phase: str) -> None:
         if phase == "layout":
-            call = partial(self._block_mask, prepared.method, prepared.state)
+            call = partial(self._blocks, prepared.method, prepared.state)
             prepared.samplers[phase, "host"] = timing.host_sampler(call, self.device)
             return
-        calls = [phase_call(attention, phase, inputs) for inputs in self.inputs]
+        calls = [phase_call(attention, phase, x) for x in self._inputs(prepared.method)]
         prepared.calls[phase] = calls[0]
         if self.device.type == "cuda":
             try:

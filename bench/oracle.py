@@ -159,7 +159,7 @@ def build_reference(
         raise ValueError(
             f"float32 matmul precision is {backend.matmul.fp32_precision!r}; it must be 'ieee'"
         )
-    exact, rough = _dense(p, q, k, v, cot)
+    exact, rough = _dense(method, p, q, k, v, cot)
     sizes = _Sizes(exact)
     elements = strip or STRIP_ELEMENTS.get(q.device.type, STRIP_ELEMENTS["cpu"])
     for index in rows.split(max(1, elements // (p.batch * p.q_heads * p.seq_len)), dim=1):
@@ -173,8 +173,7 @@ def build_reference(
         name: _expected(p, name, value, near[name], squares[name], blocks[name in ("dk", "dv")])
         for name, value in values.items()
     }
-    empty = values["lse"][..., 0] == -torch.inf
-    return Reference(p, block_size, rows, empty, tensors)
+    return Reference(p, block_size, rows, values["lse"][..., 0] == -torch.inf, tensors)
 
 
 def judge(
@@ -257,16 +256,14 @@ def _broken(reference: Reference, name: str, x: Tensor) -> str | None:
     return None
 
 
-def _dense(
-    p: Problem, q: Tensor, k: Tensor, v: Tensor, cot: Tensor
-) -> tuple[_DenseRows, _DenseRows]:
+def _dense(method: Method, p: Problem, *inputs: Tensor) -> tuple[_DenseRows, _DenseRows]:
     """The float64 reference and the one that rounds: the same one where the problem is float64."""
-    inputs = (q.detach(), k.detach(), v.detach(), cot)
-    exact = _DenseRows(p, *inputs, torch.float64, None)
+    inputs = tuple(x.detach() for x in inputs)
+    exact = _DenseRows(method, p, *inputs, torch.float64, None)
     if p.dtype == "float64":
         return exact, exact
     rounding = None if p.dtype == "float32" else p.torch_dtype
-    return exact, _DenseRows(p, *inputs, torch.float32, rounding)
+    return exact, _DenseRows(method, p, *inputs, torch.float32, rounding)
 
 
 class _DenseRows:
@@ -276,16 +273,18 @@ class _DenseRows:
 
     Attributes:
         type: of the arithmetic.
-        rounding: type that P, O, dS and the results are rounded to; None for no rounding.
+        rounding: type that P, O, dS, results and mapped keys are rounded to, or None.
     """
 
     def __init__(
-        self, p: Problem, q: Tensor, k: Tensor, v: Tensor, cot: Tensor,
+        self, method: Method, p: Problem, q: Tensor, k: Tensor, v: Tensor, cot: Tensor,
         type: torch.dtype, rounding: torch.dtype | None,
     ) -> None:  # fmt: skip
         self.p, self.q, self.cot, self.type, self.rounding = p, q, cot, type, rounding
         self.scale = p.head_dim**-0.5
-        self.k, self.v = (x.to(type).flatten(0, 1) for x in (k, v))
+        self.given_k = k.to(type).detach().requires_grad_()
+        self.keys = torch.enable_grad()(method.keys)(self.given_k)
+        self.k, self.v = (x.flatten(0, 1) for x in (self._round(self.keys.detach()), v.to(type)))
         self.dk, self.dv = torch.zeros_like(self.k), torch.zeros_like(self.v)
         self.strips: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -312,8 +311,9 @@ class _DenseRows:
         """[B, heads, rows or keys, D] of every tensor; D is 1 for the LSE."""
         rows = (torch.cat(x, dim=2) for x in zip(*self.strips, strict=True))
         shape = (self.p.batch, self.p.kv_heads, self.p.seq_len, -1)
-        keys = (self._round(x).view(shape) for x in (self.dk, self.dv))
-        return dict(zip(NAMES, (*rows, *keys), strict=True))
+        dk, dv = (self._round(x).view(shape) for x in (self.dk, self.dv))
+        (dk,) = torch.autograd.grad(self.keys, self.given_k, dk, retain_graph=True)
+        return dict(zip(NAMES, (*rows, self._round(dk), dv), strict=True))
 
     def _rows(self, x: Tensor, index: Tensor) -> Tensor:
         shape = (len(self.k), -1, self.p.head_dim)
@@ -340,6 +340,8 @@ class _Sizes:
         k, v = _square(dense.k), _square(dense.v)
         self.longest_key = k.amax(-1, keepdim=True).sqrt() * dense.scale
         self.value, self.weights = v[..., None], torch.stack((v, v * k, k), -1)
+        # What a method makes of its keys scales gradients as it scales keys.
+        self.mapped = (k / _square(dense.given_k.detach()).view_as(k)).nan_to_num(1)[..., None]
         self.sums = v.new_zeros(*v.shape, 6)
         self.rows: list[tuple[Tensor, ...]] = []
 
@@ -360,7 +362,7 @@ class _Sizes:
         """[B, heads, rows or keys, 2] of every tensor; the LSE has one term, of 1."""
         rows = (torch.cat(x, dim=2) for x in zip(*self.rows, strict=True))
         dv, near, far = self.sums.unflatten(-1, (3, 2)).unbind(-2)
-        dk = (self.value * near + far) * self.factor
+        dk = (self.value * near + far) * self.factor * self.mapped
         return dict(zip(NAMES, (*rows, dk.view(self.shape), dv.view(self.shape)), strict=True))
 
 

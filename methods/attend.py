@@ -64,8 +64,6 @@ def attend(
             line says what was given and what is allowed.
     """
     method = resolve(method)
-    if method.shared_qk and k is not q:
-        raise ValueError(f"{method.name} shares queries and keys; k must be the tensor that q is")
     given = (q, k, v) if global_qkv is None else (q, k, v, *global_qkv)
     backend = _backend_for(method, given, backend)
     if backend in ("flex", "eager") and not q.is_cuda:
@@ -89,7 +87,9 @@ def _with_globals(method: Method, given: bool) -> Longformer:
 
 def _backend_for(method: Method, given: tuple[Tensor, ...], backend: str) -> str:
     """The executor of a call, "auto" resolved."""
-    q = given[0]
+    q, k = given[:2]
+    if method.shared_qk and k is not q:
+        raise ValueError(f"{method.name} shares queries and keys; k must be the tensor that q is")
     if any(x.dtype != q.dtype or x.device != q.device for x in given):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
         raise ValueError(f"tensors differ in dtype or device: {kinds}; all must be as q")
