@@ -1,26 +1,32 @@
 """Compiled FlexAttention on a CUDA device against float64, through the harness itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from bench.cells import Cell, Group
 from bench.measure import GATE_ROW_BLOCKS, Clockwork
 from bench.oracle import build_reference, cotangent, judge, sample_rows
 from bench.worker import Worker, compile_ahead
 from methods import METHODS, Problem, attend, block_mask
+from methods.reformer import Reformer
 
 pytestmark = pytest.mark.gpu
 
 PUBLISHED = [name for name in METHODS if not name.startswith("mehc_")]
+SHARED_QK = [name for name in PUBLISHED if METHODS[name].shared_qk]
+GROUPED = [name for name in PUBLISHED if name not in SHARED_QK]
 # What this kernel says where a problem is beyond the chip: its tiles do not fit.
 BEYOND = ("out of resource", "No valid triton configs", "No choices")
 
 
-def groups(problems, block_size=(128, 128)):
+def groups(problems, block_size=(128, 128), names=PUBLISHED):
     return [
         Group(
             problem=p, block_size=block_size,
-            cells=tuple(Cell(name, "flex") for name in PUBLISHED), phases=("fwd_bwd",),
+            cells=tuple(Cell(name, "flex") for name in names), phases=("fwd_bwd",),
             device="cuda:0", seed=1, rounds=1, seconds=0.0, run="test",
         )
         for p in problems
@@ -49,7 +55,9 @@ def test_every_preset_dtype_and_head_dim_is_right_or_says_why():
         for causal in ((True, False) if (dim, dtype) == (64, "bfloat16") else (True,))
     ]
     seen = []
-    for group, cell, row in statuses(groups(problems)):
+    shared = [replace(p, kv_heads=p.q_heads) for p in problems]
+    work = groups(problems, names=GROUPED) + groups(shared, names=SHARED_QK)
+    for group, cell, row in statuses(work):
         place = f"{cell.method} {group.problem}: {row.status} {row.reason}"
         if row.status == "unsupported":
             assert any(text in row.reason for text in BEYOND), place
@@ -60,6 +68,20 @@ def test_every_preset_dtype_and_head_dim_is_right_or_says_why():
         seen.append(row.status)
     assert len(seen) == len(problems) * len(PUBLISHED)
     assert seen.count("ok") >= 0.85 * len(seen)
+
+
+def test_hashed_orders_share_one_compiled_kernel():
+    """More calls than one code object holds variants, forward and backward."""
+    method = Reformer(chunk=64, n_rounds=2)
+    counters.clear()
+    for seed in range(10):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        x, v = torch.randn(2, 1, 4, 512, 64, generator=generator, device="cuda").unbind()
+        x.requires_grad_()
+        out = attend(x, x, v, method)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert out.isfinite().all() and grad.isfinite().all()
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128), (32, 32), (256, 128)])

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from methods import Layout, Method, Problem, block_mask
+from methods import METHODS, Layout, Method, Problem, block_mask
 
 CPU = torch.device("cpu")
+# The presets whose mask does not follow from the inputs.
+STATIC = [name for name, method in METHODS.items() if type(method).prepare is Method.prepare]
 
 
 def dense_mask(method: Method, p: Problem, state: Any = None) -> Tensor:

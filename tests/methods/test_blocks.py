@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from methods import METHODS, Method, Problem, block_mask, blocks
 from methods.blocks import computed_pairs
 from methods.spattention import SPAttention
+from tests.methods.dense import STATIC
 
 LISTS = ("kv", "full_kv", "q", "full_q")
 HEADS = (1, 2, 3, 7, 8, 16, 33)
 SIZES = (16, 32, 64, 128)
 BLOCK_SIZES = tuple(product(SIZES, SIZES))
 SMALL = range(1, 301)  # every length
-DRAWN = 1260 // len(METHODS)  # longer lengths a preset
+DRAWN = 1260 // len(STATIC)  # longer lengths a preset
 ELEMENTS = 2_000_000  # of the mask that create_block_mask evaluates; one head may have more
 
 
@@ -97,7 +98,7 @@ def draw_problems(name: str) -> Iterator[tuple[Problem, tuple[int, int]]]:
         )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STATIC)
 def test_lists_equal_create_block_mask(name: str) -> None:
     method, seen = METHODS[name], Counter()
     for p, block_size in draw_problems(name):
@@ -127,7 +128,7 @@ def test_lists_equal_create_block_mask(name: str) -> None:
 
 
 def test_at_least_3000_cases() -> None:
-    assert sum(1 for name in METHODS for _ in draw_problems(name)) >= 3000
+    assert sum(1 for name in STATIC for _ in draw_problems(name)) >= 3000
 
 
 # Section by (N, H), in the presets' order: (allowed pairs, partial blocks, full blocks) over all
@@ -191,7 +192,7 @@ def test_golden_numbers(seq_len: int, heads: int) -> None:
         assert computed_pairs(mask, p) == (partial + full) * 128 * 128, name
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STATIC)
 def test_computed_pairs_are_those_of_touched_blocks(name: str) -> None:
     draw = random.Random(1)
     for _ in range(20):

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 import methods.blockwise as module
 from methods import METHODS, Method, Problem, block_mask
 from methods.blockwise import blockwise
-from tests.methods.dense import CPU, evaluate
+from tests.methods.dense import CPU, STATIC, evaluate
 
 BLOCKS = ((32, 64), (64, 32), (128, 128))
 KINDS = ("kv", "full_kv", "q", "full_q")
@@ -98,10 +98,9 @@ def supported(method: Method, p: Problem) -> bool:
     return True
 
 
-STATIC = [method for method in METHODS.values() if type(method).prepare is Method.prepare]
 PRESETS = [
     (method, p)
-    for method, causal in itertools.product(STATIC, (True, False))
+    for method, causal in itertools.product(map(METHODS.get, STATIC), (True, False))
     if supported(method, p := problem(batch=1, seq_len=600, causal=causal))
 ]
 

@@ -1,0 +1,409 @@
+"""Reformer against transformers, reformer-pytorch, and softmax over candidates found by loops."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from reformer_pytorch import LSHAttention
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import ReformerConfig
+from transformers.models.reformer.modeling_reformer import LSHSelfAttention
+
+from methods import METHODS, Problem, attend
+from methods.attend import executor, plan
+from methods.blocks import computed_pairs
+from methods.blockwise import blockwise
+from methods.chunks import Chunks, Rounds
+from methods.reformer import Reformer
+from tests.methods.dense import CPU, assert_lists_equal, dense_mask, listed
+
+BATCH, HEADS, DIM = 2, 3, 16
+
+
+def problem(n: int, causal: bool = True, dtype: str = "float64") -> Problem:
+    return Problem(batch=BATCH, q_heads=HEADS, seq_len=n, head_dim=DIM, dtype=dtype, causal=causal)
+
+
+def operands(p: Problem, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The shared queries and keys, and the values."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (p.batch, p.q_heads, p.seq_len, p.head_dim)
+    x, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return tuple(t.to(p.torch_dtype).requires_grad_() for t in (x, v))
+
+
+def run(method: Reformer, x: Tensor, v: Tensor, p: Problem, state: Rounds) -> Tensor:
+    layout = method.layout(x, x, v, p, state, (32, 16))
+    lists = layout.block_mask
+    return layout.restore(*blockwise(layout.q, layout.k, layout.v, lists, layout.score_mod))
+
+
+def assert_close(actual: Tensor, expected: Tensor, inputs: tuple[Tensor, ...], tol: float) -> None:
+    """Values, and gradients in the inputs, to within tol."""
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9)).double()
+    assert (actual - expected).abs().max() < tol
+    gradients = (torch.autograd.grad((y * weights).sum(), inputs) for y in (actual, expected))
+    for mine, theirs in zip(*gradients, strict=True):
+        assert theirs.abs().max() > 0.01
+        assert (mine - theirs).abs().max() < 10 * tol
+
+
+# exact mode
+
+
+def candidates(method: Reformer, buckets: list[list[int]], causal: bool) -> Tensor:
+    """bool [N, N], by loops: what the tokens of one head see; buckets of each round by token."""
+    n, m = len(buckets[0]), method.chunk
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    for bucket in buckets:
+        order = sorted(range(n), key=lambda t, bucket=bucket: (bucket[t], t))
+        for slot, i in enumerate(order):
+            first = (slot // m - method.before) * m
+            for j in order[max(0, first) : (slot // m + method.after + 1) * m]:
+                same = not method.within_buckets or bucket[i] == bucket[j]
+                seen[i, j] |= same and (j <= i or not causal)
+    return seen
+
+
+def softmax_over(seen: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """Dense attention; a token sees itself where it sees nothing else."""
+    itself = torch.eye(x.shape[2], dtype=torch.bool)
+    others = seen & ~itself
+    seen = torch.where(others.any(-1, keepdim=True), others, itself)
+    scores = x @ (x / x.norm(dim=-1, keepdim=True)).mT / x.shape[-1] ** 0.5
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+EXACT = [
+    (64, Reformer(chunk=16, n_rounds=1)),
+    (96, Reformer(chunk=8, n_rounds=4)),
+    (100, Reformer(chunk=16, n_rounds=3)),  # the last chunk is shorter
+    (96, Reformer(chunk=16, n_rounds=2, before=2)),
+    (96, Reformer(chunk=8, n_rounds=2, before=1, after=1)),
+    (96, Reformer(chunk=16, n_rounds=3, before=0)),
+    (96, Reformer(chunk=16, n_rounds=3, within_buckets=True)),
+    (48, Reformer(chunk=48, n_rounds=2)),  # one chunk: dense
+]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("n", "method"), EXACT, ids=[str(m) for _, m in EXACT])
+def test_exact_mode_is_one_softmax_over_the_union(n: int, method: Reformer, causal: bool) -> None:
+    """Values and gradients, through the merge of rounds and the normalised keys."""
+    p = problem(n, causal)
+    x, v = operands(p)
+    generator = torch.Generator().manual_seed(1)
+    buckets = torch.randint(6, (BATCH, HEADS, method.n_rounds, n), generator=generator)
+    state = method.rounds(buckets, p)
+    seen = torch.stack(
+        [
+            torch.stack([candidates(method, head.tolist(), causal) for head in sample])
+            for sample in buckets
+        ]
+    )
+    assert_close(run(method, x, v, p, state), softmax_over(seen, x, v), (x, v), 1e-9)
+    assert torch.equal(dense_mask(method, p, state), seen)
+    assert method.allowed_pairs(p, state) == int(seen[0].sum())
+
+
+def test_rows_are_the_bias_of_the_scores() -> None:
+    """In token order; a token that sees itself alone has no penalty."""
+    p = problem(96)
+    method = Reformer(chunk=8, n_rounds=2)
+    x, v = operands(p)
+    state = method.prepare(x, x, p)
+    bias = method.rows(p, CPU, torch.arange(96).expand(HEADS, -1), state)
+    scores = x @ method.keys(x).mT / DIM**0.5 + bias
+    assert_close(run(method, x, v, p, state), scores.softmax(-1) @ v, (x, v), 1e-9)
+    itself = bias.diagonal(dim1=-2, dim2=-1)
+    alone = bias.isfinite().sum(-1) == 1
+    assert alone[..., 0].all() and (itself[alone] == 0).all()
+    assert (itself[~alone] == -1e5).all() and not alone.all()
+
+
+def test_attend_draws_the_buckets_itself() -> None:
+    p = problem(100)
+    method = Reformer(chunk=16, n_rounds=2, seed=3)
+    x, v = operands(p)
+    expected = run(method, x, v, p, method.prepare(x, x, p))
+    assert_close(attend(x, x, v, method), expected, (x, v), 1e-12)
+    assert not torch.equal(attend(x, x, v, replace(method, seed=4)), expected)
+
+
+# what the libraries compute
+
+TRANSFORMERS = {
+    "not causal": (False, {"n_rounds": 1, "n_buckets": 8}),
+    "causal": (True, {"n_rounds": 2, "n_buckets": 8}),
+    "factored": (True, {"n_rounds": 2, "n_buckets": (4, 8)}),
+    "two back": (True, {"n_rounds": 3, "n_buckets": 16, "before": 2}),
+    "back and ahead": (False, {"n_rounds": 2, "n_buckets": 8, "before": 1, "after": 1}),
+}
+
+
+def lsh_layer(method: Reformer, causal: bool) -> LSHSelfAttention:
+    buckets = list(method.n_buckets) if isinstance(method.n_buckets, tuple) else method.n_buckets
+    config = ReformerConfig(
+        attn_layers=["lsh"], axial_pos_embds=False, hidden_size=32, num_attention_heads=HEADS,
+        attention_head_size=DIM, hash_seed=method.seed, num_hashes=method.n_rounds,
+        lsh_attn_chunk_length=method.chunk, num_buckets=buckets, is_decoder=causal,
+        lsh_num_chunks_before=method.before, lsh_num_chunks_after=method.after,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LSHSelfAttention(config, layer_idx=0).eval()
+
+
+def call_layer(layer: LSHSelfAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Its output and buckets, and the projections that it attends over, by head."""
+    with torch.random.fork_rng():  # it seeds the global generator
+        answer = layer(hidden)
+    x, v = (
+        project(hidden).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+        for project in (layer.query_key, layer.value)
+    )
+    out = answer.hidden_states.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+    return out, answer.buckets, x, v
+
+
+@pytest.mark.parametrize("case", TRANSFORMERS)
+def test_transformers(case: str) -> None:
+    causal, parameters = TRANSFORMERS[case]
+    method = Reformer(chunk=16, mode="transformers", **parameters)
+    p = problem(128, causal)
+    layer = lsh_layer(method, causal).double()
+    generator = torch.Generator().manual_seed(2)
+    # Longer than a trained model's: scores of size one, so that softmax is far from uniform.
+    hidden = 4 * torch.randn(BATCH, 128, 32, generator=generator, dtype=torch.float64)
+    expected, buckets, x, v = call_layer(layer, hidden)
+    assert buckets.shape == (BATCH, HEADS, method.n_rounds, 128)
+    actual = run(method, x, v, p, method.rounds(buckets, p))
+    weights = (layer.query_key.weight, layer.value.weight)
+    assert_close(actual, expected, weights, 1e-10)
+
+
+@pytest.mark.parametrize("n_buckets", [8, (4, 8)])
+def test_the_draw_of_transformers(n_buckets: int | tuple[int, ...]) -> None:
+    method = Reformer(chunk=16, n_buckets=n_buckets, n_rounds=2, seed=5, mode="transformers")
+    p = problem(128, dtype="float32")
+    hidden = torch.randn(BATCH, 128, 32, generator=torch.Generator().manual_seed(3))
+    _, buckets, x, _ = call_layer(lsh_layer(method, True), hidden)
+    offsets = torch.arange(2)[:, None] * (8 if n_buckets == 8 else 32)
+    assert torch.equal(method.hash(x, p), buckets - offsets)
+
+
+REFORMER_PYTORCH = [
+    # chunk, rounds, causal, across buckets, duplicates
+    (16, 1, False, True, True),
+    (16, 4, False, True, True),
+    (32, 2, False, True, True),
+    (16, 1, True, True, True),
+    (16, 4, True, True, True),
+    (32, 3, True, True, True),
+    (32, 2, True, False, True),
+    (16, 4, True, False, False),
+    (32, 3, False, False, False),
+]
+
+
+@pytest.mark.parametrize(("chunk", "rounds", "causal", "across", "twice"), REFORMER_PYTORCH)
+def test_reformer_pytorch(
+    chunk: int, rounds: int, causal: bool, across: bool, twice: bool
+) -> None:
+    theirs = LSHAttention(
+        bucket_size=chunk, n_hashes=rounds, causal=causal, attend_across_buckets=across,
+        allow_duplicate_attention=twice,
+    ).eval()  # fmt: skip
+    p = problem(256, causal)
+    x, v = operands(p)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        expected, _, buckets = theirs(x.flatten(0, 1), v.flatten(0, 1))
+    method = Reformer(
+        chunk=chunk, n_rounds=rounds, within_buckets=not across,
+        mode="reformer_pytorch" if twice else "exact",
+    )  # fmt: skip
+    state = method.rounds(buckets.view(BATCH, HEADS, rounds, 256), p)
+    actual = run(method, x, v, p, state)
+    assert_close(actual, expected.view_as(actual), (x, v), 1e-7)
+
+
+@pytest.mark.parametrize("mode", ["transformers", "reformer_pytorch"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_of_a_ring_count_every_listing(mode: str, causal: bool) -> None:
+    p = problem(96, causal)
+    method = Reformer(chunk=16, n_buckets=4, n_rounds=2, after=1, mode=mode)
+    x, v = operands(p)
+    state = method.prepare(x, x, p)
+    bias = method.rows(p, CPU, torch.arange(96).expand(HEADS, -1), state)
+    scores = x @ method.keys(x).mT / DIM**0.5 + bias
+    assert_close(run(method, x, v, p, state), scores.softmax(-1) @ v, (x, v), 1e-9)
+    assert method.allowed_pairs(p, state) == int(bias[0].isfinite().sum())
+
+
+def test_derived_buckets() -> None:
+    """2 N / chunk, a power of two, in two rotations above 128; reformer-pytorch has N / chunk."""
+    expected = {128: (2,), 1000: (8,), 8192: (128,), 16384: (16, 16), 65536: (32, 32)}
+    for n, sizes in expected.items():
+        assert Reformer().rotations(Problem(seq_len=n)) == sizes
+    assert Reformer(mode="reformer_pytorch").rotations(Problem(seq_len=8192)) == (64,)
+    p = problem(512)
+    x, _ = operands(p)
+    buckets = Reformer(chunk=16, n_buckets=(2, 6), n_rounds=2).hash(x, p)
+    assert buckets.unique().tolist() == list(range(12))
+    assert not torch.equal(buckets[:, :, 0], buckets[:, :, 1])
+
+
+# blocks
+
+
+@pytest.mark.parametrize("block_size", [(8, 8), (16, 16), (32, 32), (64, 64), (32, 16), (16, 64)])
+@pytest.mark.parametrize("mode", ["exact", "transformers"])
+def test_lists_are_those_of_near_chunks(mode: str, block_size: tuple[int, int]) -> None:
+    """Blocks of half a chunk to four chunks, and ragged ones."""
+    for (before, after), rounds, n in itertools.product(
+        ((1, 0), (2, 0), (1, 1), (0, 0)), (1, 3), (48, 96, 112, 160)
+    ):
+        method = Reformer(
+            chunk=16, n_rounds=rounds, before=before, after=after, mode=mode, n_buckets=2
+        )
+        both_ways = problem(n, causal=False)
+        chunks = Chunks(method)
+        assert_lists_equal(chunks, chunks.problem(both_ways), block_size)
+        # Where the data say which pairs take part, the same blocks are visited, none as full.
+        p = chunks.problem(problem(n))
+        mine = method.blocks(problem(n), CPU, block_size)
+        static = method.blocks(both_ways, CPU, block_size)
+        for side in ("kv", "q"):
+            visited = listed(static, side, p) | listed(static, f"full_{side}", p)
+            assert torch.equal(listed(mine, side, p), visited)
+            assert not listed(mine, f"full_{side}", p).any()
+
+
+def test_blocks_do_not_depend_on_the_data() -> None:
+    p = problem(128)
+    method = Reformer(chunk=16, n_rounds=2)
+    masks = []
+    for seed in range(2):
+        x, v = operands(p, seed)
+        state = method.prepare(x, x, p)
+        masks.append(method.layout(x, x, v, p, state, (32, 32)).block_mask)
+    first, second = masks
+    assert first.kv_indices is second.kv_indices and first.q_indices is second.q_indices
+    assert first.mask_mod is not second.mask_mod
+    as_seen = replace(p, q_heads=2 * HEADS, kv_heads=2 * HEADS)
+    assert computed_pairs(first, as_seen) == 2 * HEADS * (1 + 2 * 3) * 32 * 32
+
+
+def test_compiled_flex_sees_the_same_slots_and_compiles_once() -> None:
+    """The rounds before they are merged: that takes the log-sum-exp, which a CPU's lacks."""
+    method = Reformer(chunk=16, n_rounds=2, n_buckets=4, within_buckets=True)
+    p = problem(100, dtype="float32")
+    compiled = executor("flex", p)
+    counters.clear()
+    for seed in range(3):
+        x, v = (t.detach() for t in operands(p, seed))
+        layout = method.layout(x, x, v, p, method.prepare(x, x, p))
+        expected, _ = blockwise(layout.q, layout.k, layout.v, layout.block_mask, layout.score_mod)
+        out, _ = compiled(replace(layout, needs_lse=False))
+        torch.testing.assert_close(out, expected, atol=5e-6, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_rounds_on_flex_with_lse_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a kernel that gives the log-sum-exp; run without one, a CPU having none."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, backend="eager", **how))
+    method = Reformer(chunk=16, n_rounds=3)
+    p = problem(96, dtype="float32")
+    traced = plan(method, p, "flex")
+    counters.clear()
+    for seed in range(10):
+        x, v = (t.detach() for t in operands(p, seed))
+        expected = run(method, x, v, p, method.prepare(x, x, p))
+        torch.testing.assert_close(traced(x, x, v)[0], expected, atol=5e-6, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+# causality
+
+
+def test_later_values_move_nothing_earlier_but_later_keys_do() -> None:
+    """The documented exception: chunks begin where all tokens, later ones too, put them."""
+    p = problem(256)
+    method = Reformer(chunk=16, n_rounds=2)
+    x, v = (t.detach() for t in operands(p))
+    before = attend(x, x, v, method)
+    later = (torch.arange(256) >= 200)[:, None]
+    changed = attend(x, x, torch.where(later, v + 1, v), method)
+    assert torch.equal(changed[:, :, :200], before[:, :, :200])
+    assert not torch.equal(changed[:, :, 200:], before[:, :, 200:])
+    other = torch.where(later, x.flip(2), x)
+    moved = (attend(other, other, v, method) != before).any(-1)[:, :, :200]
+    assert moved.float().mean() > 0.5
+    # With the buckets held they move nothing either: the leak is through the buckets alone.
+    state = method.prepare(x, x, p)
+    held = (run(method, t, v, p, state)[:, :, :200] for t in (x, other))
+    assert torch.equal(*held)
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"n_buckets": 7}, "n_buckets is 7; it must be an even number"),
+        ({"n_buckets": 0}, "n_buckets is 0"),
+        ({"n_buckets": (4, 3)}, "n_buckets is (4, 3)"),
+        ({"n_buckets": ()}, "n_buckets is ()"),
+        ({"n_rounds": 0}, "n_rounds is 0; it must be a whole number, 1 or more"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"chunk": 16.0}, "chunk is 16.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"before": -1}, "before is -1"),
+        ({"within_buckets": 1}, "within_buckets is 1"),
+        ({"mode": "trax"}, "one of exact, transformers, reformer_pytorch"),
+    ],
+)
+def test_bad_parameters(parameters: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Reformer(**parameters)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Reformer(chunk=128), "chunk is 128; there are only 100 tokens"),
+        (Reformer(chunk=16, mode="transformers"), "100 tokens are no multiple of chunk 16"),
+        (Reformer(chunk=50, n_rounds=1, after=1, mode="transformers"), "ring of 2 chunks"),
+        (Reformer(chunk=20, mode="reformer_pytorch"), "N / chunk is 5; give an even n_buckets"),
+    ],
+)
+def test_parameters_that_do_not_fit(method: Reformer, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        method.validate(problem(100))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_tensors() -> None:
+    p = problem(100)
+    x, v = operands(p)
+    method = METHODS["reformer"]
+    with pytest.raises(ValueError, match=r"reformer shares queries and keys; k must be the tens"):
+        attend(x, x.clone(), v, method)
+    with pytest.raises(ValueError, match=r"3 query and 1 key heads"):
+        method.validate(replace(p, kv_heads=1))
+    with pytest.raises(ValueError, match=r"they must be \[2, 3, 4, 100\]"):
+        method.rounds(torch.zeros(2, 3, 1, 100), p)
+    with pytest.raises(ValueError, match=r"give state=prepare\(q, k, p\)"):
+        method.mask_mod(p, CPU)
+    single = [t.detach().float() for t in (x, v)]
+    with pytest.raises(ValueError, match=r"no log-sum-exp, which reformer needs"):
+        attend(single[0], single[0], single[1], Reformer(chunk=16), backend="flex")
