@@ -24,7 +24,7 @@ MOST_IN_ONE_ROTATION = 128
 
 @dataclass(frozen=True)
 class Reformer(Method):
-    """Reformer: tokens attend within chunks of their hash order, which leaks later tokens.
+    """Reformer: near chunks in hash order; its buckets leak the future, as the references' do.
 
     Queries and keys are one tensor x; a score is x_i . x_j / |x_j| / sqrt(D). Each of n_rounds
     rounds hashes every token by random rotations, sorts by (bucket, position) and cuts the order
@@ -57,6 +57,8 @@ class Reformer(Method):
     name: ClassVar[str] = "reformer"
     paper: ClassVar[str] = "Kitaev et al. 2020, arXiv:2001.04451"
     shared_qk: ClassVar[bool] = True
+    # trax's chunk, and the block of the kernels: shorter chunks would visit as many blocks. Of the
+    # paper's 1 to 8 rounds the middle.
     chunk: int = 128
     n_buckets: int | tuple[int, ...] | None = None
     n_rounds: int = 4
