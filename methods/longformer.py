@@ -96,6 +96,9 @@ class Longformer(Banded):
                 f"longformer: n_global is {self.n_global}; there are only {p.seq_len} tokens"
             )
 
+    def grows(self) -> bool:
+        return True
+
     def steps(self, p: Problem) -> tuple[int, ...]:
         """The dilation of each head."""
         return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,) * p.q_heads

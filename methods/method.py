@@ -124,6 +124,10 @@ class Method:
     def validate(self, p: Problem) -> None:
         """Raises ValueError, in one line, where the parameters do not fit the problem."""
 
+    def grows(self) -> bool:
+        """Whether the causal mask of N tokens is a corner of that of more: keys can be cached."""
+        return False
+
     def prepare(self, q: Tensor, k: Tensor, p: Problem) -> Any:
         """State of one call, computed from q [B, Hq, N, D] and k; None for a static method."""
         return None

@@ -28,5 +28,8 @@ class SlidingWindow(Banded):
                 f"sliding_window: window is {self.window!r}; it must be a whole number above 0"
             )
 
+    def grows(self) -> bool:
+        return True
+
     def bands(self, p: Problem) -> Sequence[Sequence[Interval]]:
         return [[(0, self.window - 1)]]

@@ -17,5 +17,8 @@ class Standard(Banded):
     name: ClassVar[str] = "standard"
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv:1706.03762"
 
+    def grows(self) -> bool:
+        return True
+
     def bands(self, p: Problem) -> Sequence[Sequence[Interval]]:
         return [[(0, p.seq_len - 1)]]
