@@ -1,0 +1,267 @@
+"""Every method as an attn_implementation of transformers.
+
+    from methods.huggingface import register
+
+    register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="spattention")
+
+`model.set_attn_implementation("longformer")` changes it later. All layers draw the same pattern;
+each length of a sequence is compiled once. What a layer cannot honour is refused in one line:
+attention dropout, masks other than padding, scores with a cap, a bias or a sink, cross attention,
+and cached keys where the mask depends on the number of tokens.
+
+Keyword arguments of the model's forward reach the method:
+    global_tokens: Longformer's global tokens of each sample, bool [B, N], in place of its prefix.
+    share_qk: True makes the model's queries its keys too, as Reformer demands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from methods.attend import attend
+from methods.longformer import GlobalTokens, Longformer
+from methods.method import Method, Problem
+from methods.pinned import Pinned, Spans
+from methods.presets import METHODS, resolve
+
+# transformers reads a meaning into names that contain these.
+RESERVED = ("eager", "sdpa", "flash", "flex_attention", "|", "/")
+SCORE_CHANGES = ("softcap", "position_bias", "s_aux")
+
+
+def register(
+    methods: Mapping[str, str | Method] = METHODS,
+    *,
+    seq_len: int | None = None,
+    backend: str = "auto",
+) -> list[str]:
+    """Makes methods known to transformers; a name registered before is replaced.
+
+    Args:
+        methods: name -> Method or name of a preset; all presets where not given.
+        seq_len: draws every pattern for so many tokens, of which a shorter sample sees the
+            first. Without it a pattern that depends on the number of tokens is that of the call,
+            padding included; keys cannot be cached; and a call may be too short for the
+            method's parameters.
+        backend: as in `attend`; "auto" chooses by device.
+
+    Returns:
+        The names, for `attn_implementation`.
+
+    Raises:
+        ValueError: transformers would read a name as one of its own; seq_len is no length.
+    """
+    if seq_len is not None:
+        Problem(seq_len=seq_len)
+    for name in methods:
+        if any(word in name for word in RESERVED):
+            raise ValueError(
+                f"attn_implementation {name!r} cannot be registered: transformers gives names "
+                f"with {', '.join(RESERVED)} a meaning of their own"
+            )
+    for name, method in methods.items():
+        interface = Interface(name, resolve(method), seq_len, backend)
+        AttentionInterface.register(name, interface.attention)
+        AttentionMaskInterface.register(name, interface.mask)
+    return list(methods)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a forward tells its layers, in place of a mask: nothing of the size N x N.
+
+    Attributes:
+        causal: whether query i sees only keys j <= i.
+        offset: position of the first query; keys before it come from a cache.
+        spans: where each sample's tokens are, or None without padding.
+    """
+
+    causal: bool
+    offset: int
+    spans: Spans | None = None
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One method as the two functions that transformers calls: once a forward, once a layer."""
+
+    name: str
+    method: Method
+    seq_len: int | None
+    backend: str
+
+    # Compiled models run both as they are: the kernel inside is compiled on its own.
+    @torch.compiler.disable
+    def mask(
+        self, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0,
+        kv_offset: int = 0, mask_function: Callable = causal_mask_function,
+        attention_mask: Tensor | None = None, use_vmap: bool = False,
+        device: torch.device | str = "cpu", **_: Any,
+    ) -> Call:  # fmt: skip
+        """What `create_causal_mask` and its like give to the layers; see `sdpa_mask` there."""
+        offset = int(q_offset)
+        causal = _causality(mask_function, batch_size, q_length, offset, device)
+        if use_vmap or kv_offset or causal is None:
+            raise ValueError(
+                f"{self.name}: the model asks for a mask of its own (packed sequences, a window "
+                "shorter than the sequence, an overlay); only padding is honoured"
+            )
+        if attention_mask is None:
+            return Call(causal, offset)
+        # A cache of fixed size is longer than what has been seen.
+        seen = offset + q_length if causal else kv_length
+        valid = F.pad(attention_mask.bool(), (0, max(0, seen - attention_mask.shape[1])))
+        return Call(causal, offset, _spans(valid[:, :seen], self.name))
+
+    @torch.compiler.disable
+    def attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+        attention_mask: Call | None, scaling: float | None = None, dropout: float = 0.0,
+        global_tokens: Tensor | None = None, share_qk: bool = False, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """What a layer calls: q [B, Hq, N, D], k and v [B, Hkv, N, D] -> [B, N, Hq, D], None."""
+        self._refuse(module, query, attention_mask, dropout, share_qk, kwargs)
+        call, tokens = attention_mask, query.shape[2]
+        if call is None:
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            call = Call(causal, key.shape[2] - tokens if causal else 0)
+        if call.causal:
+            key, value = (x[:, :, : call.offset + tokens] for x in (key, value))
+        query, key, value = _one_dtype(query, key, value)
+        factor = 1.0 if scaling is None else scaling * math.sqrt(query.shape[-1])
+        if not math.isclose(factor, 1):
+            query = query * factor
+        if share_qk:
+            key = query
+        method, state = self._placed(call, key, global_tokens)
+        if key.shape[2] == tokens:
+            out = attend(query, key, value, method, call.causal, self.backend, state=state)
+        else:
+            out = self._last_rows(call, query, key, value, state)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _refuse(
+        self, module: nn.Module, query: Tensor, mask: Any, dropout: float, share_qk: bool,
+        kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        config = getattr(module, "config", None)
+        heads = getattr(config, "num_attention_heads", query.shape[1])
+        changes = [change for change in SCORE_CHANGES if kwargs.get(change) is not None]
+        if dropout > 0:
+            why = f"attention dropout is {dropout}; only 0 is possible, set it in the config"
+        elif mask is not None and not isinstance(mask, Call):
+            kind = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+            why = f"attention_mask is {kind}; only padding masks [batch, tokens] are honoured"
+        elif changes:
+            why = f"the model changes scores by {', '.join(changes)}, which is not honoured"
+        elif heads != query.shape[1]:
+            why = f"a layer has {query.shape[1]} heads where the config says {heads}"
+        elif getattr(config, "is_encoder_decoder", False):
+            why = "an encoder-decoder has cross attention, which is not honoured"
+        elif self.method.name == "reformer" and not share_qk:
+            why = "it shares queries and keys; share_qk=True makes the model's queries its keys"
+        else:
+            return
+        raise ValueError(f"{self.name}: {why}")
+
+    def _placed(
+        self, call: Call, key: Tensor, global_tokens: Tensor | None
+    ) -> tuple[Method, Spans | None]:
+        """The method of a call and its state."""
+        spans, batch, tokens = call.spans, key.shape[0], key.shape[2]
+        if self.seq_len is None and spans is None and global_tokens is None:
+            return self.method, None
+        pinned = Pinned(self.method, self.seq_len)
+        if type(self.method).prepare is not Method.prepare:
+            raise ValueError(f"{self.name}: neither padding nor a fixed seq_len is honoured")
+        if global_tokens is None:
+            return pinned, spans
+        if not isinstance(self.method, Longformer):
+            raise ValueError(f"{self.name} has no global tokens to be given; longformer has")
+        p = Problem(batch=batch, seq_len=tokens)
+        given = self.method.globals_state(global_tokens.to(key.device), p).tokens
+        if spans is None:
+            start = torch.zeros(batch, dtype=torch.int32, device=key.device)
+            spans = Spans(start, start + tokens)
+        length = pinned.drawn_for(p).seq_len
+        index = torch.arange(length, device=key.device) + spans.start.to(key.device)[:, None]
+        return pinned, replace(
+            spans, inner=GlobalTokens(F.pad(given, (0, length)).gather(1, index)), parts={}
+        )
+
+    def _last_rows(
+        self, call: Call, query: Tensor, key: Tensor, value: Tensor, state: Spans | None
+    ) -> Tensor:
+        """Attention of the last queries alone, where keys before them come from a cache."""
+        batch, heads, tokens, dim = query.shape
+        if not call.causal:
+            raise ValueError(
+                f"{self.name}: {tokens} queries, {key.shape[2]} keys: no cross attention"
+            )
+        if self.seq_len is None and not self.method.grows():
+            raise ValueError(
+                f"{self.name}: its mask depends on the number of tokens, so keys cannot be "
+                "cached; use_cache=False, or fix it by register(seq_len=...)"
+            )
+        p = Problem(batch=batch, q_heads=heads, seq_len=key.shape[2], head_dim=dim)
+        method = Pinned(self.method, self.seq_len)
+        method.validate(p)
+        index = torch.arange(call.offset, call.offset + tokens, device=query.device)
+        bias = method.rows(p, query.device, index.expand(heads, -1), state)
+        empty = (bias == -torch.inf).all(-1, keepdim=True)
+        bias = bias.masked_fill(empty, 0).to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, bias, enable_gqa=True)
+        return out.masked_fill(empty, 0)
+
+
+def _causality(
+    mask_function: Callable, batch: int, tokens: int, offset: int, device: torch.device | str
+) -> bool | None:
+    """True for plain causality, False for no mask at all, None for anything else.
+
+    A compiled model wraps its mask for packed sequences even where nothing is packed, and a
+    window may be longer than the sequence. What is cut off by either is also cut off from the
+    first token.
+    """
+    if mask_function in (causal_mask_function, bidirectional_mask_function):
+        return mask_function is causal_mask_function
+    place = torch.arange(offset, offset + tokens, device=device)[None]
+    b, h = torch.arange(batch, device=device)[:, None], torch.zeros_like(place[:, :1])
+    ahead = mask_function(b, h, place[:, :-1], place[:, 1:])
+    if not mask_function(b, h, place, torch.zeros_like(place)).all():
+        return None
+    return True if not ahead.any() else False if ahead.all() else None
+
+
+def _spans(valid: Tensor, name: str) -> Spans | None:
+    """Spans of a padding mask, bool [B, N]; None where nothing is padded."""
+    if valid.all():
+        return None
+    length = valid.sum(1, dtype=torch.int32)
+    spans = Spans(valid.byte().argmax(1).int(), length)
+    place = torch.arange(valid.shape[1], device=valid.device)
+    sample = torch.arange(len(valid), device=valid.device)[:, None]
+    if not valid.equal(spans.within(valid.device)(sample, place, place)[1]):
+        raise ValueError(
+            f"{name}: attention_mask has padding between tokens; only before or after"
+        )
+    return spans
+
+
+def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast its dtype, to which a model leaves the cast to its attention."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
