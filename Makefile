@@ -2,12 +2,13 @@
 # make bench ARGS="--seq-len 1024"    any arguments of run_bench.py
 # make test                           format, lint, tests
 # make readme                         the README's figures, from the committed results
+# make kills ARGS="--kills 5"         kill and damage real sweeps, and see that nothing is lost
 # The first of them installs everything into .venv.
 
 PYTHON ?= python3
 ARGS =
 
-.PHONY: bench test readme clean
+.PHONY: bench test readme kills clean
 
 bench: .venv/installed
 	.venv/bin/python run_bench.py $(ARGS)
@@ -19,6 +20,9 @@ test: .venv/installed
 
 readme: .venv/installed
 	.venv/bin/python -m bench.readme
+
+kills: .venv/installed
+	.venv/bin/python -m tests.kills $(ARGS)
 
 clean:
 	rm -rf .venv

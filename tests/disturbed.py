@@ -231,7 +231,8 @@ class Case:
         orphans += again.orphans()
         log += again.log.read_text(errors="replace")
         after = self.path.read_bytes()
-        rows, left = intact(after), intact(before)
+        rows = intact(after)
+        left = [row for row in intact(before) if key(row) in self.expected]
         lost = complete_lines(before, self.expected) - set(after.split(b"\n"))
         statuses = Counter(row["status"] for row in rows)
         wrong = [note] if note else []

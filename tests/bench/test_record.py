@@ -82,6 +82,7 @@ def test_replace_leaves_only_the_given_rows_and_keeps_the_lock(tmp_path):
         (lambda text: text + "short,line\n", "line 3: damaged"),
         (lambda text: text + "\n", "line 3: damaged"),
         (lambda text: text.replace("spattention", 'spatt"ention,"'), "line 2: damaged"),
+        (lambda text: text[:-1] + '"open\n', "line 2: damaged .unexpected end"),
         (lambda text: text.replace("bfloat16", "bfloat"), "line 2: damaged .dtype"),
         (lambda text: text.replace("fwd_bwd", "fwd_bw"), "line 2: damaged .phase is 'fwd_bw'"),
         (lambda text: text.replace("bwd,device", "bwd,devices"), "line 2: damaged .clock"),
