@@ -1,7 +1,9 @@
 """Compiled FlexAttention on a CUDA device against float64, through the harness itself."""
 
+import contextlib
 import itertools
 import os
+import queue
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -38,28 +40,33 @@ def groups(problems, block_size=(128, 128), names=PUBLISHED):
 
 def statuses(work):
     """Every cell's row, gated; side by side, since nothing here is a time."""
-    count = min(len(work), max(1, (os.cpu_count() or 1) * 3 // 4))
+    waiting = queue.SimpleQueue()
+    for group in work:
+        for cell in group.cells:
+            waiting.put((replace(group, cells=(cell,)), cell))
+    count = min(waiting.qsize(), os.cpu_count() or 1)
     with ThreadPoolExecutor(count) as pool:
-        return list(itertools.chain(*pool.map(measured, [work[k::count] for k in range(count)])))
+        return list(itertools.chain(*pool.map(measured, [waiting] * count)))
 
 
-def measured(work):
-    with Worker("cuda:0", 300.0) as worker:
-        found = []
-        for group in work:
-            for cell, rows in worker.measure(group, Clockwork()).items():
-                assert len({row.status for row in rows}) == 1
-                found.append((group, cell, rows[0]))
-        return found
+def measured(waiting):
+    found = []
+    with Worker("cuda:0", 300.0) as worker, contextlib.suppress(queue.Empty):
+        while True:
+            group, cell = waiting.get_nowait()
+            rows = worker.measure(group, Clockwork())[cell]
+            assert len({row.status for row in rows}) == 1
+            found.append((group, cell, rows[0]))
+    return found
 
 
-def test_every_preset_dtype_and_head_dim_is_right_or_says_why():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_preset_and_head_dim_is_right_or_says_why(dtype):
     """Ragged N, grouped heads, out and all gradients within the budget of the gate."""
     problems = [
         Problem(seq_len=1000, q_heads=8, kv_heads=2, head_dim=dim, dtype=dtype, causal=causal)
         for dim in (16, 32, 64, 96, 128, 192, 256)
-        for dtype in ("bfloat16", "float16", "float32")
-        for causal in ((True, False) if (dim, dtype) == (64, "bfloat16") else (True,))
+        for causal in ((True, False) if dim == 64 else (True,))
     ]
     seen = []
     shared = [replace(p, kv_heads=p.q_heads) for p in problems]
@@ -74,7 +81,7 @@ def test_every_preset_dtype_and_head_dim_is_right_or_says_why():
             assert row.error_budget <= 1, place
         seen.append(row.status)
     assert len(seen) == len(problems) * len(PUBLISHED)
-    assert seen.count("ok") >= 0.85 * len(seen)
+    assert seen.count("ok") >= (0.5 if dtype == "float32" else 1) * len(seen)
 
 
 def test_hashed_orders_share_one_compiled_kernel():
