@@ -1,5 +1,6 @@
 # make bench                          measure, draw, print: the default sweep of this machine
 # make bench ARGS="--seq-len 1024"    any arguments of run_bench.py
+# make paper                          the SPAttention paper's tables and figures, theirs beside ours
 # make test                           format, lint, tests
 # make readme                         the README's figures, from the committed results
 # make kills ARGS="--kills 5"         kill and damage real sweeps, and see that nothing is lost
@@ -8,10 +9,13 @@
 PYTHON ?= python3
 ARGS =
 
-.PHONY: bench test readme kills clean
+.PHONY: bench paper test readme kills clean
 
 bench: .venv/installed
 	.venv/bin/python run_bench.py $(ARGS)
+
+paper: .venv/installed
+	.venv/bin/python run_bench.py paper $(ARGS)
 
 test: .venv/installed
 	.venv/bin/ruff check

@@ -1,4 +1,4 @@
-"""The command line: python run_bench.py [sweep | plot | compare | list] --help."""
+"""The command line: python run_bench.py [sweep | plot | compare | paper | list] --help."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.console import Console
 from bench import figures, report
 from bench.backends import BACKENDS
 from bench.compare import compare, sides
+from bench.paper_run import Paper, reproduce
 from bench.record import read_rows
 from bench.specs import parameters_text
 from bench.sweep import Sweep, default_device, sweep
@@ -63,6 +64,7 @@ Command = (
     Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Paper, tyro.conf.subcommand("paper")]
     | Annotated[List, tyro.conf.subcommand("list")]
 )
 
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _plot(command, console)
             case Compare(csv, other, method, against, fail_slower):
                 return compare(*sides(csv, other, method, against), fail_slower, console)
+            case Paper():
+                return reproduce(command, console)
             case List():
                 return _list(console)
     except (ValueError, OSError) as error:
@@ -98,7 +102,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _parse(arguments: Sequence[str]) -> Sweep | Plot | Compare | List:
+def _parse(arguments: Sequence[str]) -> Sweep | Plot | Compare | Paper | List:
     """tyro's answer, with its boxed complaint folded into one line.
 
     Raises:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -55,14 +56,7 @@ def mask_figure(method: Method, p: Problem, stem: Path) -> list[Path]:
         if head >= p.q_heads:
             place.remove()
             continue
-        place.imshow(
-            _shrunk(grid[head]), cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest",
-            extent=(0, p.seq_len, p.seq_len, 0),
-        )  # fmt: skip
-        place.set_title(f"head {head}: {grid[head].mean():.1%} of pairs", fontsize=8)
-        place.tick_params(labelsize=7)
-        place.set_xticks([0, p.seq_len // 2, p.seq_len])
-        place.set_yticks([0, p.seq_len // 2, p.seq_len])
+        draw_mask(place, grid[head], f"head {head}")
     parameters = parameters_text(method)
     causal = "causal" if p.causal else "not causal"
     facts = [parameters.replace(",", ", ")] if parameters else []
@@ -71,6 +65,19 @@ def mask_figure(method: Method, p: Problem, stem: Path) -> list[Path]:
     figure.supxlabel("key", fontsize=9)
     figure.supylabel("query", fontsize=9)
     return save(figure, stem)
+
+
+def draw_mask(place: Axes, grid: np.ndarray, name: str) -> None:
+    """One head's pairs, bool [N, N], under its name and their share."""
+    size = len(grid)
+    place.imshow(
+        _shrunk(grid), cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest",
+        extent=(0, size, size, 0),
+    )  # fmt: skip
+    place.set_title(f"{name}: {grid.mean():.1%} of pairs", fontsize=8)
+    place.tick_params(labelsize=7)
+    place.set_xticks([0, size // 2, size])
+    place.set_yticks([0, size // 2, size])
 
 
 def _shrunk(grid: np.ndarray) -> np.ndarray:

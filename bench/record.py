@@ -10,7 +10,7 @@ import io
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -292,7 +292,7 @@ _DAMAGE = (ValueError, KeyError, csv.Error)
 def _parse(line: bytes) -> Row:
     """The row of one line, which is data and nothing else: no field of it is evaluated."""
     (values,) = csv.reader([line.decode()], strict=True)
-    row = Row(**{k: _decode(k, v) for k, v in zip(COLUMNS, values, strict=True)})
+    row = Row(**{k: decode(k, v) for k, v in zip(COLUMNS, values, strict=True)})
     for name, allowed in (("phase", PHASES), ("clock", CLOCKS), ("status", STATUSES)):
         if getattr(row, name) not in allowed:
             raise ValueError(f"{name} is {getattr(row, name)!r}")
@@ -303,7 +303,7 @@ def _parse(line: bytes) -> Row:
 def _lines(rows: Iterable[Row]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([_encode(getattr(row, name)) for name in COLUMNS] for row in rows)
+    writer.writerows([encode(getattr(row, name)) for name in COLUMNS] for row in rows)
     return text.getvalue().encode()
 
 
@@ -321,15 +321,17 @@ def _check_header(line: bytes, path: Path) -> None:
         raise ValueError(f"{path}: not a results file of this version (its first line differs)")
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
+    """A value as a field of a CSV."""
     if isinstance(value, float):
         return f"{value:.6g}"
     # A row is one line of the file, so that a torn one can be told.
     return "" if value is None else " ".join(str(value).splitlines()).replace("\0", " ")
 
 
-def _decode(name: str, text: str) -> Any:
-    hint = _TYPES[name]
+def decode(name: str, text: str, hints: Mapping[str, Any] = _TYPES) -> Any:
+    """The value of a field, by its type hint: a plain type, or one or None."""
+    hint = hints[name]
     kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
     if text == "" and kinds != [hint]:
         return None

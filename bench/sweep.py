@@ -214,8 +214,13 @@ def _check_scalars(request: Sweep) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be above 0")
     if not 0 <= request.seed < 1 << 32:
         raise ValueError(f"--seed is {request.seed}; it must be 0 to {(1 << 32) - 1}")
-    if Path(request.run).name != request.run or request.run in ("", ".", ".."):
-        raise ValueError(f"--run is {request.run!r}; it must be a plain file name")
+    check_run_name(request.run)
+
+
+def check_run_name(run: str) -> None:
+    """Raises ValueError unless a run is named by a plain file name."""
+    if Path(run).name != run or run in ("", ".", ".."):
+        raise ValueError(f"--run is {run!r}; it must be a plain file name")
 
 
 def _cells(request: Sweep) -> tuple[Cell, ...]:

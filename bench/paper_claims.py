@@ -1,0 +1,172 @@
+"""Each claim of the paper with its figure, and what the suite's tables say about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from statistics import mean
+from typing import NamedTuple
+
+from bench import paper
+from bench.complexity import Complexity
+from bench.paper_speeds import Point, Throughput
+from bench.specialisation import RECIPE, Specialised
+from methods import Problem
+
+SPATTENTION, RELEASED = (reading["SPAttention"] for reading in paper.READINGS.values())
+COMMAND, GPU_COMMAND = "`make paper`", "`make paper`, on a GPU"
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The four tables that a run of `paper` writes."""
+
+    complexity: list[Complexity]
+    micro_benchmark: list[Point]
+    throughput: list[Throughput]
+    specialisation: list[Specialised]
+
+
+class Claim(NamedTuple):
+    """A claim: where it stands, its figure, ours, and what makes ours."""
+
+    text: str
+    place: str
+    theirs: str
+    ours: str
+    command: str = COMMAND
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """Every claim with a figure, in the order of the paper's argument."""
+    yield from _pair_claims(results.complexity)
+    yield from _speed_claims(results)
+    yield from _specialisation_claims(results.specialisation)
+    for table in (paper.TABLE_1, paper.TABLE_2, paper.TABLE_3):
+        theirs = ", ".join(f"{'/'.join(x[:len(table.keys)])} {_average(table, x):.4f}"
+                           for x in table.lines)  # fmt: skip
+        yield Claim(
+            "accuracy after pre-training (averages)", table.name, theirs,
+            f"{NOT_MEASURED}: it needs the pre-training itself", "-",
+        )  # fmt: skip
+
+
+def _average(table: paper.Table, line: tuple) -> float:
+    return line[len(table.keys) + table.columns.index("Avg")]
+
+
+def _pair_claims(lines: Iterable[Complexity]) -> Iterator[Claim]:
+    counted = [line for line in lines if line.reason is None]
+    dense = {(c.seq_len, c.q_heads): c for c in counted if c.method == "standard"}
+
+    def each(value: Callable[[Complexity], float], form: str) -> str:
+        """The range over all (N, H), of both masks."""
+        return _both({
+            name: _range([value(c) for c in counted if c.method == name], form)
+            for name in (SPATTENTION, RELEASED)
+        })  # fmt: skip
+
+    def fewer(c: Complexity) -> float:
+        return dense[c.seq_len, c.q_heads].allowed_pairs / c.allowed_pairs / c.q_heads
+
+    yield Claim(
+        "causal pairs that some head sees", "eq. 5", "all",
+        each(lambda c: 100 * c.seen_pairs / c.causal_pairs, "{:.1f} %"),
+    )  # fmt: skip
+    yield Claim(
+        "pairs of standard attention over those of SPAttention", "eqs. 6, 7", "H",
+        each(fewer, "{:.2f} H"),
+    )  # fmt: skip
+    yield Claim(
+        "pairs that more than one head sees", "eq. 8", "none",
+        each(lambda c: 100 * (1 - c.seen_once / c.seen_pairs), "{:.1f} %"),
+    )  # fmt: skip
+
+
+def _speed_claims(results: Results) -> Iterator[Claim]:
+    for clock in dict.fromkeys(point.clock for point in results.micro_benchmark) or ["any"]:
+        found = [p for p in results.micro_benchmark if p.clock == clock]
+        ours = {
+            name: ", ".join(f"{p.speedup:.2f} x on {p.backend}" for p in found if p.method == name)
+            for name in (SPATTENTION, RELEASED)
+        }
+        yield Claim(
+            f"forward + backward over dense, {_shape(paper.MICRO_BENCHMARK)}; {clock} clock",
+            "text", f"about {paper.MICRO_BENCHMARK_SPEEDUP:g} x", _both(ours), GPU_COMMAND,
+        )  # fmt: skip
+    found = [line for line in results.throughput if line.name == "SPAttention"]
+    what = found[0].measured if found else NOT_MEASURED
+    yield Claim(
+        f"tokens/s of SPAttention over Standard (ours: {what})", paper.TABLE_2.name,
+        f"{paper.TABLE_2_SPEEDUP} x",
+        _both({x.method: x.ratio and f"{x.ratio:.2f} x" for x in found}), GPU_COMMAND,
+    )  # fmt: skip
+    theirs = sorted(paper.TABLE_2.column("tok/s").items(), key=lambda pair: -pair[1])
+    for reading in paper.READINGS:
+        ours = [x for x in results.throughput if x.reading == reading and x.rank]
+        yield Claim(
+            f"order by tokens/s, methods {reading} (ours: {what})", paper.TABLE_2.name,
+            " > ".join(name for name, _ in theirs),
+            " > ".join(x.name for x in sorted(ours, key=lambda x: x.rank)) or NOT_MEASURED,
+            GPU_COMMAND,
+        )  # fmt: skip
+
+
+def _specialisation_claims(lines: Iterable[Specialised]) -> Iterator[Claim]:
+    lines = list(lines)
+    flat = {x.method: x for x in lines if x.weights == "uniform"}
+    sigmas = {m: [x.sigma for x in lines if (x.method, x.weights) == (m, "untrained")]
+              for m in flat}  # fmt: skip
+    entropies = {method: untrained_entropy(lines, method) for method in flat}
+    for name, method in (("Standard", "standard"), ("SPAttention", RELEASED)):
+        theirs = paper.SPECIALISATION[name]
+        yield Claim(
+            f"head diversity sigma, {name}", "text",
+            f"{theirs.sigma_low:.4f} to {theirs.sigma_high:.4f}",
+            f"{_range(sigmas[method], '{:.4f}')} untrained, {flat[method].sigma:.4f} uniform "
+            f"(`{method}`)",
+        )  # fmt: skip
+        yield Claim(
+            f"mean entropy, {name}", "text", f"{theirs.entropy:.4f}",
+            f"{entropies[method]:.4f} untrained, {flat[method].entropy:.4f} uniform "
+            f"(`{method}`)",
+        )  # fmt: skip
+    change = 100 * (entropies[RELEASED] / entropies["standard"] - 1)
+    yield Claim(
+        "change of the mean entropy", "text", f"{paper.SPECIALISATION_ENTROPY_PERCENT:.2f} %",
+        f"{change:.2f} % untrained (`{RELEASED}`)",
+    )  # fmt: skip
+    ratio = min(sigmas[RELEASED]) / max(sigmas["standard"])
+    yield Claim(
+        "sigma of SPAttention over Standard's", "text",
+        f"over {paper.SPECIALISATION_SIGMA_RATIO} x",
+        f"{ratio:.0f} x at least, untrained (`{RELEASED}`); Standard's is 0 for uniform attention",
+    )  # fmt: skip
+    limit = math.log(RECIPE.seq_len / RECIPE.q_heads)
+    bounds = (f"{flat[method].bound:.3f} (`{method}`)" for method in flat)
+    yield Claim(
+        f"largest entropy of a query, nats; ours where log(N / H) is {limit:.3f}",
+        "text", "about log(N / H), against log(i + 1)", ", ".join(bounds),
+    )  # fmt: skip
+
+
+def untrained_entropy(lines: Iterable[Specialised], method: str) -> float:
+    """Mean over layers and seeds."""
+    return mean(x.entropy for x in lines if x.method == method and x.weights == "untrained")
+
+
+def _both(ours: dict[str, str | None]) -> str:
+    """One figure a mask, each with the preset that it is of."""
+    given = [f"{text} (`{name}`)" for name, text in ours.items() if text]
+    return "; ".join(given) or NOT_MEASURED
+
+
+def _range(values: Iterable[float], form: str) -> str:
+    texts = [form.format(end) for end in (min(values), max(values))]
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+
+def _shape(p: Problem) -> str:
+    return f"({p.batch}, {p.q_heads}, {p.seq_len}, {p.head_dim})"

@@ -1,0 +1,173 @@
+"""Figures 1 and 2 of the paper by evaluating the presets, and pictures of the two tables."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from bench.complexity import Complexity, block_classes
+from bench.derived import Cell, in_order
+from bench.masks import draw_mask, mask_grid
+from bench.paper import FIGURE_2, FIGURES, READINGS
+from bench.specialisation import RECIPE, SEEDS, Specialised
+from bench.style import save, styles
+from methods import METHODS
+
+FIGURE_2_HEAD = 3
+COLUMNS = 4
+# Of partial and of full blocks: amber and green, both bright on a dark mask.
+CLASSES = {1: ("partial block", "#f0b429"), 2: ("full block", "#6ee7a0")}
+# (seed, layer) -> how it is named and drawn; deeper layers lie on the second.
+SHOWN = {
+    (None, None): ("uniform", {}),
+    (SEEDS[0], 1): ("untrained, layer 1", {}),
+    (SEEDS[0], 2): ("untrained, layer 2", {"fillstyle": "none", "markersize": 10}),
+}
+
+
+class Panel(NamedTuple):
+    """One head: its name, its pairs [N, N], and the class of each block."""
+
+    name: str
+    grid: np.ndarray
+    classes: np.ndarray
+
+
+def figure_1(method: str) -> list[Panel]:
+    """The eight heads of a preset."""
+    grid, classes = _evaluate(method)
+    return [Panel(f"head {h}", grid[h], classes[h]) for h in range(FIGURES.q_heads)]
+
+
+def figure_2() -> list[Panel]:
+    """One head of each ablation."""
+    panels = []
+    for name, method in FIGURE_2.items():
+        grid, classes = _evaluate(method)
+        panels.append(Panel(name, grid[FIGURE_2_HEAD], classes[FIGURE_2_HEAD]))
+    return panels
+
+
+def _evaluate(method: str) -> tuple[np.ndarray, np.ndarray]:
+    preset = METHODS[method]
+    return mask_grid(preset, FIGURES), block_classes(preset, FIGURES).numpy()
+
+
+def draw_mask_figures(folder: Path) -> list[Path]:
+    """figure_1_METHOD and figure_2, each plain and with the classes of its blocks (_blocks)."""
+    size = f"N {FIGURES.seq_len} · {FIGURES.q_heads} heads"
+    figures = {
+        f"figure_1_{method}": (f"Figure 1 · {method} · {size}", figure_1(method))
+        for method in (reading["SPAttention"] for reading in READINGS.values())
+    }
+    figures["figure_2"] = (f"Figure 2 · ablations, head {FIGURE_2_HEAD} · {size}", figure_2())
+    written = []
+    for stem, (title, panels) in figures.items():
+        written += save(_panels(title, panels, blocks=False), folder / stem)
+        written += save(_panels(title, panels, blocks=True), folder / f"{stem}_blocks")
+    return written
+
+
+def _panels(title: str, panels: Sequence[Panel], blocks: bool) -> Figure:
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure((1.0 + 2.0 * columns, 1.1 + 2.0 * rows), dpi=140, layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for place, panel in zip(places.flat, panels, strict=True):
+        draw_mask(place, panel.grid, panel.name)
+        if blocks:
+            _outline(place, panel)
+    figure.suptitle(textwrap.fill(title, 26 * columns), fontsize=10)
+    figure.supxlabel("key", fontsize=9)
+    figure.supylabel("query", fontsize=9)
+    if blocks:
+        present = np.unique([panel.classes for panel in panels])
+        shown = [look for key, look in CLASSES.items() if key in present]
+        handles = [Patch(fill=False, ec=colour, lw=1.6, label=name) for name, colour in shown]
+        figure.legend(handles=handles, loc="outside lower right", fontsize=8, frameon=False,
+                      ncol=2)  # fmt: skip
+    return figure
+
+
+def _outline(place: Axes, panel: Panel) -> None:
+    """A frame inside each block that a kernel visits, in the colour of its class."""
+    side = len(panel.grid) // len(panel.classes)
+    inset = side / 12
+    for row, column in zip(*panel.classes.nonzero(), strict=True):
+        _, colour = CLASSES[panel.classes[row, column]]
+        left, right = column * side + inset, (column + 1) * side - inset
+        top, bottom = row * side + inset, (row + 1) * side - inset
+        place.plot(
+            (left, right, right, left, left), (top, top, bottom, bottom, top), color=colour,
+            linewidth=1.1, solid_joinstyle="miter",
+        )  # fmt: skip
+
+
+def draw_complexity(lines: Iterable[Complexity], stem: Path) -> list[Path]:
+    """Work of each head as a share of a dense head's: pairs, and pairs of the visited blocks."""
+    shape = (FIGURES.seq_len, FIGURES.q_heads)
+    found = {c.method: c for c in lines if (c.seq_len, c.q_heads) == shape and not c.reason}
+    dense = found["standard"]
+    figure = Figure((10.5, 4.2), dpi=140, layout="constrained")
+    places = figure.subplots(1, 2, sharey=True)
+    looks = styles(Cell(name, None, "") for name in found)
+    sides = (("pairs that take part", "allowed"), ("pairs in visited blocks", "computed"))
+    for place, (title, what) in zip(places, sides, strict=True):
+        for name in in_order(found):
+            shares = [
+                mine / whole
+                for mine, whole in zip(
+                    getattr(found[name], f"{what}_by_head"),
+                    getattr(dense, f"{what}_by_head"),
+                    strict=True,
+                )
+            ]
+            place.plot(
+                range(len(shares)), shares, label=name, color=looks[name].colour,
+                marker=looks[name].marker, linestyle=looks[name].line, fillstyle=looks[name].fill,
+            )  # fmt: skip
+        place.set_title(title, fontsize=9)
+        _by_head(place)
+    places[0].set_ylabel("share of a dense head's", fontsize=9)
+    places[0].set_ylim(0, 1.05)
+    figure.legend(*places[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8,
+                  frameon=False, handlelength=3.5)  # fmt: skip
+    title = f"Work of each head · N {shape[0]} · {shape[1]} heads · blocks {dense.q_block}"
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
+    return save(figure, stem)
+
+
+def draw_specialisation(lines: Iterable[Specialised], stem: Path) -> list[Path]:
+    """Entropy of each head: uniform attention as lines, layers of an untrained stack as points."""
+    lines = list(lines)
+    figure = Figure((8.0, 4.2), dpi=140, layout="constrained")
+    place = figure.subplots()
+    looks = styles(Cell(line.method, None, "") for line in lines)
+    for line in lines:
+        if (line.seed, line.layer) not in SHOWN:
+            continue
+        label, kind = SHOWN[line.seed, line.layer]
+        look = looks[line.method]
+        kind = kind | {"linestyle": look.line if line.layer is None else ""}
+        kind |= {"marker": None if line.layer is None else look.marker}
+        place.plot(line.by_head, color=look.colour, label=f"{line.method}: {label}", **kind)
+    _by_head(place)
+    place.set_ylabel("mean entropy of the head, nats", fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3.5)
+    size = f"N {RECIPE.seq_len} · {RECIPE.q_heads} heads · seed {SEEDS[0]}"
+    figure.suptitle(f"Entropy of each head · {size}", fontsize=10, x=0.02, ha="left")
+    return save(figure, stem)
+
+
+def _by_head(place: Axes) -> None:
+    place.set_xlabel("head", fontsize=9)
+    place.set_axisbelow(True)
+    place.grid(True, color="#dddddd", linewidth=0.6)
+    place.tick_params(labelsize=8)

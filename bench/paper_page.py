@@ -1,0 +1,290 @@
+"""The page "What the paper says and what we measured", from the tables of a run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from statistics import mean
+
+from bench import paper
+from bench.complexity import Complexity
+from bench.paper_claims import NOT_MEASURED, Results, claims, untrained_entropy
+from bench.paper_figures import FIGURE_2_HEAD
+from bench.paper_speeds import ATTENTION_ALONE, Point, Throughput
+from bench.report import quantity
+from bench.specialisation import LOG_FLOOR, RECIPE, Specialised
+
+ROUNDED = 1.5e-4  # how far the mean of figures of four digits can lie from their printed average
+
+
+def page(results: Results) -> str:
+    """Markdown; its pictures are expected in the same folder."""
+    sections = (
+        _head(),
+        _claims(results),
+        _masks(),
+        _complexity(results.complexity),
+        _micro_benchmark(results.micro_benchmark),
+        _throughput(results.throughput),
+        _specialisation(results.specialisation),
+        _quoted(),
+    )
+    return "\n".join(line for section in sections for line in (*section, ""))
+
+
+def _head() -> Iterator[str]:
+    yield "# What the paper says and what we measured"
+    yield ""
+    yield f"{paper.TITLE} ({paper.SOURCE})."
+    yield ""
+    yield (
+        "`spattention` is the paper's equations 2 to 4, `spattention_released` the mask of its "
+        "released `SPAttention.py`, which gives every head a local band besides its own. They "
+        "are two masks, so each figure says which one it is of. The paper's figures are quoted "
+        "from `bench/paper.py`; ours are made by the command beside them."
+    )
+
+
+def _claims(results: Results) -> Iterator[str]:
+    yield "## Claims"
+    yield ""
+    heads = ("claim", "where", "the paper", "measured here", "made by")
+    yield from _table(heads, claims(results), numbers=())
+
+
+def _masks() -> Iterator[str]:
+    yield "## Figures 1 and 2"
+    for text, stem in (
+        ("Figure 1 by equation 4", "figure_1_spattention"),
+        ("Figure 1 by the released mask", "figure_1_spattention_released"),
+        (f"Figure 2, the ablations, head {FIGURE_2_HEAD}", "figure_2"),
+    ):
+        yield ""
+        yield f"{text}; then with the blocks of 128 that a kernel visits."
+        yield ""
+        yield f"![{text}]({stem}.png)"
+        yield ""
+        yield f"![{text}, with the classes of its blocks]({stem}_blocks.png)"
+
+
+def _complexity(lines: Sequence[Complexity]) -> Iterator[str]:
+    yield "## Complexity (eqs. 5 to 8)"
+    yield ""
+    yield (
+        "Pairs are (head, query, key), causal, counted by evaluating the definition on all of "
+        "them. Visited: pairs in the blocks of 128 that hold an allowed one. Covered: (query, "
+        "key) that some head sees; once: that exactly one sees; both of all causal ones. "
+        "Overlap: heads that see a covered pair, on average. Empty rows: (head, query) without "
+        "a key. Busiest head: its pairs over those of the mean head."
+    )
+    heads = ("method", "allowed", "visited", "allowed, of standard's", "visited, of standard's",
+             "covered", "once", "overlap", "empty rows", "busiest head")  # fmt: skip
+    for (n, h), group in groupby(lines, key=lambda c: (c.seq_len, c.q_heads)):
+        group = list(group)
+        dense = next(c for c in group if c.method == "standard")
+        yield ""
+        yield f"N = {n}, H = {h}:"
+        yield ""
+        counted = [c for c in group if c.reason is None]
+        yield from _table(heads, [_complexity_cells(c, dense) for c in counted])
+        for c in group:
+            if c.reason is not None:
+                yield ""
+                yield f"Skipped: `{c.method}`: {c.reason}."
+    yield ""
+    yield "![Work of each head](complexity.png)"
+
+
+def _complexity_cells(c: Complexity, dense: Complexity) -> list[str]:
+    rows = c.q_heads * c.seq_len
+    return [
+        f"`{c.method}`",
+        f"{c.allowed_pairs}",
+        f"{c.computed_pairs}",
+        _inverse(dense.allowed_pairs / c.allowed_pairs),
+        _inverse(dense.computed_pairs / c.computed_pairs),
+        f"{100 * c.seen_pairs / c.causal_pairs:.1f} %",
+        f"{100 * c.seen_once / c.causal_pairs:.1f} %",
+        f"{c.allowed_pairs / c.seen_pairs:.2f}",
+        f"{100 * c.empty_rows / rows:.1f} %",
+        f"{max(c.allowed_by_head) * c.q_heads / c.allowed_pairs:.2f} x",
+    ]
+
+
+def _inverse(factor: float) -> str:
+    return f"1 / {factor:.2f}"
+
+
+def _micro_benchmark(points: Sequence[Point]) -> Iterator[str]:
+    p = paper.MICRO_BENCHMARK
+    yield "## Micro-benchmark"
+    yield ""
+    yield (
+        f"Forward + backward, batch {p.batch}, {p.q_heads} heads, N = {p.seq_len}, head dim "
+        f"{p.head_dim}. The paper: about {paper.MICRO_BENCHMARK_SPEEDUP:g} x over dense. "
+        "Speed-up: over `standard` on the same backend, with its 99 % interval. Bounds: pairs of "
+        "`standard` over pairs of the method, all pairs and those of visited blocks."
+    )
+    yield ""
+    if not points:
+        yield f"{NOT_MEASURED}: no rows of this shape."
+        return
+    heads = ("mask", "backend", "clock", "time", "dense", "the paper", "speed-up", "interval",
+             "over fastest dense", "bound, pairs", "bound, blocks")  # fmt: skip
+    yield from _table(heads, map(_point_cells, points), numbers=range(3, len(heads)))
+    yield ""
+    yield _sources(points)
+
+
+def _point_cells(x: Point) -> list[str]:
+    return [
+        f"`{x.method}`", x.backend, x.clock, f"{x.us:.0f} us", f"{x.dense_us:.0f} us",
+        f"about {paper.MICRO_BENCHMARK_SPEEDUP:g} x", f"{x.speedup:.2f} x",
+        f"{x.low:.2f} to {x.high:.2f}" if x.low and x.high else "-",
+        f"{x.over_fastest:.2f} x ({x.fastest})",
+        f"{x.ideal_elements:.2f} x" if x.ideal_elements else "-",
+        f"{x.ideal_blocks:.2f} x" if x.ideal_blocks else "-",
+    ]  # fmt: skip
+
+
+def _throughput(lines: Sequence[Throughput]) -> Iterator[str]:
+    yield "## Table 2: tokens/s"
+    yield ""
+    yield f"The paper: {paper.TABLE_2.setting}; training."
+    if not lines:
+        yield ""
+        yield f"{NOT_MEASURED}: no rows of this shape."
+        return
+    first = lines[0]
+    yield f"Ours: {first.measured}, `{first.backend}`, {first.clock} clock."
+    if first.measured == ATTENTION_ALONE:
+        yield (
+            "A training step has other work too, which brings every ratio nearer to 1; so "
+            "compare the order, and not the figures."
+        )
+    yield (
+        "As published: the methods of the papers that the names come from. As released: the "
+        "masks of Harry-Miral/MEHC, over tokens. Whether the paper's runs used this code cannot "
+        "be told from the repository."
+    )
+    heads = ("name", "the paper, tokens/s", "over Standard", "rank", "measured as", "tokens/s",
+             "over Standard", "rank")  # fmt: skip
+    for reading, group in groupby(lines, key=lambda x: x.reading):
+        yield ""
+        yield f"Methods {reading}:"
+        yield ""
+        yield from _table(heads, map(_throughput_cells, group), numbers=(1, 2, 3, 5, 6, 7))
+    yield ""
+    yield _sources(lines)
+
+
+def _throughput_cells(x: Throughput) -> list[str]:
+    theirs = paper.TABLE_2.column("tok/s")
+    ranking = sorted(theirs, key=theirs.get, reverse=True)
+    ours = [x.reason, "-", "-"]
+    if x.reason is None:
+        ours = [quantity(x.tokens_per_s), f"{x.ratio:.3f} x", f"{x.rank}"]
+    ratio = theirs[x.name] / theirs["Standard"]
+    rank = ranking.index(x.name) + 1
+    return [x.name, f"{theirs[x.name]}", f"{ratio:.3f} x", f"{rank}", f"`{x.method}`", *ours]
+
+
+def _sources(lines: Iterable[Point | Throughput]) -> str:
+    places = dict.fromkeys(f"{x.device}, torch {x.torch} (`{x.source}`)" for x in lines)
+    return f"Measured on {'; '.join(places)}."
+
+
+RECIPE_TEXT = (
+    "The recipe that gives the paper's figures: an untrained stack of "
+    f"{paper.SPECIALISATION_LAYERS} attention layers (no residual, no normalisation, default "
+    f"weights of `nn.Linear`, width {RECIPE.q_heads * RECIPE.head_dim}), {RECIPE.q_heads} "
+    f"heads, N = {RECIPE.seq_len}, {RECIPE.batch} sequences of normal noise, "
+    "`spattention_released`. Entropy of a query: "
+    f"-sum a log(a + {LOG_FLOOR:g}); of a head: mean over queries; sigma: population standard "
+    "deviation over the heads. N, heads, mask and the kind of deviation follow from the figures "
+    "by counting; that the network was like this is a guess that fits. Uniform attention over "
+    "the same mask needs no network and gives nearly the same: both figures are properties of "
+    "the mask."
+)
+MEASURES_TEXT = (
+    "The last three columns part learning from the mask: uniform attention has 1, 0 and 0 under "
+    "any mask. Normalised: entropy over log(keys), of queries with two keys or more. Excess: "
+    "standard deviation over heads of that. Divergence: Jensen-Shannon, in bits, of two heads "
+    "over the keys that both see (`-`: no two heads share two keys of a query). Rows without a "
+    "key do not count. Ranges are over layers and seeds. No weights here are trained."
+)
+
+
+def _specialisation(lines: Sequence[Specialised]) -> Iterator[str]:
+    yield from ("## Head specialisation", "", RECIPE_TEXT, "", MEASURES_TEXT, "")
+    heads = ("mask", "weights", "empty rows", "entropy", "sigma", "normalised", "excess",
+             "divergence")  # fmt: skip
+    groups = [list(group) for _, group in groupby(lines, key=lambda x: (x.method, x.weights))]
+    yield from _table(heads, map(_specialised_cells, groups), numbers=range(2, len(heads)))
+    yield ""
+    heads = ("", "entropy, the paper", "reproduced", "sigma, the paper", "reproduced")
+    yield from _table(heads, _reproduced(lines))
+    yield ""
+    yield "![Entropy of each head](specialisation.png)"
+
+
+def _reproduced(lines: Sequence[Specialised]) -> Iterator[list[str]]:
+    for name, theirs in paper.SPECIALISATION.items():
+        method = paper.READINGS["as released"][name]
+        ours = [x.sigma for x in lines if (x.method, x.weights) == (method, "untrained")]
+        yield [
+            name, f"{theirs.entropy:.4f}", f"{untrained_entropy(lines, method):.4f}",
+            f"{theirs.sigma_low:.4f} to {theirs.sigma_high:.4f}", _ends(ours),
+        ]  # fmt: skip
+
+
+def _specialised_cells(group: Sequence[Specialised]) -> list[str]:
+    first = group[0]
+    seeds = len({x.seed for x in group})
+    weights = first.weights if first.seed is None else f"{first.weights}, {seeds} seeds"
+    divergences = [x.divergence for x in group if x.divergence is not None]
+    return [
+        f"`{first.method}`", weights, f"{100 * first.empty:.1f} %",
+        f"{mean(x.entropy for x in group):.4f}", _ends([x.sigma for x in group]),
+        _ends([x.normalised for x in group]), _ends([x.excess for x in group]),
+        _ends(divergences) if divergences else "-",
+    ]  # fmt: skip
+
+
+def _ends(values: Sequence[float]) -> str:
+    low, high = (f"{end:.4f}" for end in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _quoted() -> Iterator[str]:
+    yield "## Accuracy (Tables 1 to 3), as the paper has it"
+    yield ""
+    yield f"{NOT_MEASURED.capitalize()} here: each line is a model pre-trained at length."
+    for table in (paper.TABLE_1, paper.TABLE_2, paper.TABLE_3):
+        yield ""
+        yield f"{table.name}: {table.setting}."
+        yield ""
+        # Tokens/s have a section of their own.
+        shown = [c for c in table.columns if c != "tok/s"]
+        width = len(table.keys)
+        cells = (
+            [*line[:width], *(f"{x:.4f}" for x in line[width : width + len(shown)])]
+            for line in table.lines
+        )
+        yield from _table((*table.keys, *shown), cells, numbers=range(width, width + len(shown)))
+        for line in table.lines:
+            *figures, average = line[width : width + len(shown)]
+            if abs(mean(figures) - average) > ROUNDED:
+                yield ""
+                yield f"{line[width - 1]}: the mean of its figures is {mean(figures):.4f}."
+
+
+def _table(
+    heads: Sequence[str], lines: Iterable[Sequence[str]], numbers: Iterable[int] | None = None
+) -> Iterator[str]:
+    """A Markdown table; `numbers` are the right-aligned columns, by default all but the first."""
+    numbers = set(range(1, len(heads)) if numbers is None else numbers)
+    yield f"| {' | '.join(heads)} |"
+    yield f"| {' | '.join('---:' if i in numbers else '---' for i in range(len(heads)))} |"
+    for line in lines:
+        yield f"| {' | '.join(line)} |"

@@ -1,0 +1,150 @@
+"""The command: every table and figure of the paper that this machine can make."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import torch
+from rich.console import Console
+
+from bench.complexity import complexity
+from bench.paper import MICRO_BENCHMARK, TABLE_2_ATTENTION
+from bench.paper_claims import Results, claims
+from bench.paper_figures import draw_complexity, draw_mask_figures, draw_specialisation
+from bench.paper_page import page
+from bench.paper_speeds import micro_benchmark, throughput
+from bench.record import ROOT, Row, read_rows
+from bench.specialisation import specialisation
+from bench.sweep import Sweep, check_run_name, sweep
+from bench.tables import read_table, write_table
+
+COMMITTED = ROOT / "results" / "h200" / "lengths.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Make the tables and figures of the SPAttention paper again, theirs beside ours.
+
+    Speeds are measured where there is a GPU, else taken from the committed rows of an H200;
+    everything else is counted and drawn on the CPU.
+    """
+
+    rows: tuple[Path, ...] | None = None
+    """Take the speeds from these results files instead, and measure nothing."""
+    run: str = "paper"
+    """Name of results/NAME/ and plots/NAME/; what an earlier run left there is made anew."""
+    output: Path | None = None
+    """Folder that holds results/ and plots/; default this repository."""
+
+
+def reproduce(request: Paper, console: Console) -> int:
+    """Writes tables, figures and the page; returns the exit status.
+
+    Raises:
+        ValueError: the request is wrong.
+        OSError: a file cannot be read or written.
+    """
+    started = time.perf_counter()
+    check_run_name(request.run)
+    base = request.output or ROOT
+    tables, plots = base / "results" / request.run, base / "plots" / request.run
+    for folder in (tables, plots):
+        folder.mkdir(parents=True, exist_ok=True)
+    rows, source, status = _rows(request, base, console)
+    results = Results(
+        complexity=complexity(),
+        micro_benchmark=micro_benchmark(rows, source),
+        throughput=throughput(rows, source),
+        specialisation=list(specialisation()),
+    )
+    write_results(results, tables)
+    draw(read_results(tables), plots)
+    _say(results, tables, plots, console)
+    console.print(f"{time.perf_counter() - started:.0f} s", highlight=False)
+    return status
+
+
+def write_results(results: Results, folder: Path) -> None:
+    """NAME.csv for each table."""
+    for name, kind in _kinds().items():
+        write_table(folder / f"{name}.csv", getattr(results, name), kind)
+
+
+def read_results(folder: Path) -> Results:
+    """What `write_results` wrote.
+
+    Raises:
+        OSError: a table cannot be read.
+        ValueError: a table is not one of this version.
+    """
+    found = {n: read_table(folder / f"{n}.csv", kind) for n, kind in _kinds().items()}
+    return Results(**found)
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Figures, and the page that shows them, as README.md."""
+    draw_mask_figures(folder)
+    draw_complexity(results.complexity, folder / "complexity")
+    draw_specialisation(results.specialisation, folder / "specialisation")
+    (folder / "README.md").write_text(page(results))
+
+
+def _kinds() -> dict[str, type]:
+    hints = get_type_hints(Results)
+    return {field.name: get_args(hints[field.name])[0] for field in fields(Results)}
+
+
+def _rows(request: Paper, base: Path, console: Console) -> tuple[list[Row], str, int]:
+    """The rows that speeds come from, the names of their files, and the exit status."""
+    if request.rows is not None:
+        rows = [row for file in request.rows for row in read_rows(file)]
+        return rows, ", ".join(map(_shown, request.rows)), 0
+    if torch.cuda.is_available():
+        return _measured(f"{request.run}_speeds", base, console)
+    say = "skipped: measuring the micro-benchmark and Table 2 needs a GPU;"
+    try:
+        rows = read_rows(COMMITTED)
+    except (OSError, ValueError) as error:
+        console.print(f"{say} nor are there older rows: {error}", highlight=False)
+        return [], "", 0
+    console.print(f"{say} their figures are those of {_shown(COMMITTED)}", highlight=False)
+    return rows, _shown(COMMITTED), 0
+
+
+def _measured(run: str, base: Path, console: Console) -> tuple[list[Row], str, int]:
+    shapes = (TABLE_2_ATTENTION, MICRO_BENCHMARK)
+    asked = Sweep(
+        seq_len=tuple(p.seq_len for p in shapes),
+        heads=tuple({p.q_heads for p in shapes}),
+        head_dim=tuple({p.head_dim for p in shapes}),
+        run=run,
+        output=str(base),
+        resume=True,
+    )
+    status = sweep(asked, console)
+    file = base / "results" / f"{run}.csv"
+    return read_rows(file), _shown(file), status
+
+
+def _shown(path: Path) -> str:
+    """A path as the page names it: within the repository, or its name alone."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def _say(results: Results, tables: Path, plots: Path, console: Console) -> None:
+    reasons = [f"{c.method} at N = {c.seq_len}: {c.reason}"
+               for c in results.complexity if c.reason]  # fmt: skip
+    reasons += [f"{x.name} {x.reading} in Table 2: {x.reason}"
+                for x in results.throughput if x.reason]  # fmt: skip
+    for reason in reasons:
+        console.print(f"skipped: {reason}", highlight=False)
+    for claim in claims(results):
+        console.print(f"[bold]{claim.place}[/] {claim.text}", highlight=False)
+        console.print(f"    the paper: {claim.theirs}", highlight=False)
+        console.print(f"    here:      {claim.ours.replace('`', '')}", highlight=False)
+    console.print(f"tables:  {tables}", highlight=False)
+    console.print(f"figures: {plots}, with the page {plots / 'README.md'}", highlight=False)
