@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bench.complexity import block_classes, complexity, count
-from methods import METHODS, Method, Problem
+from methods import METHODS, Banded, Method, Problem
 
 EQUATIONS = {
     "standard": lambda n, h, i, j: True,
@@ -90,6 +90,20 @@ def test_long_sequences_are_counted_in_strips():
     line = count(METHODS["spattention_released"], p)
     assert line.allowed_pairs == METHODS["spattention_released"].allowed_pairs(p)
     assert line.seen_pairs == line.causal_pairs
+
+
+def test_a_mask_that_all_heads_share_counts_for_each():
+    @dataclasses.dataclass(frozen=True)
+    class Far(Banded):
+        name, paper = "far", "none"
+
+        def bands(self, p):
+            return [[(10, 20)]]
+
+    line = count(Far(), Problem(seq_len=40, q_heads=3))
+    one = sum(10 <= i - j <= 20 for i in range(40) for j in range(40))
+    assert (line.allowed_pairs, line.allowed_by_head) == (3 * one, [one] * 3)
+    assert (line.empty_rows, line.seen_pairs, line.seen_once) == (3 * 10, one, 0)
 
 
 def test_what_cannot_be_counted_says_why():
