@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import itertools
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +117,14 @@ class Run:
                 found.append((int(stat[19]), pid))
         return [pid for _, pid in sorted(found)]
 
+    def wait_for_problems(self, number: int) -> bool:
+        """Whether so many problems are on disk and the run still goes on."""
+        while self.process.poll() is None:
+            if problems_in(self.log.parent) >= number:
+                return True
+            time.sleep(0.02)
+        return False
+
     def wait_for_workers(self, number: int = 1) -> list[int]:
         """At least so many, or none where the run ends before."""
         while self.process.poll() is None:
@@ -137,11 +145,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Reference:
-    """An undisturbed run: its file, its keys, its duration and when its worker lived."""
+    """An undisturbed run.
+
+    Attributes:
+        text: its file.
+        steps: how long it took to its first problem on disk, from each to the next, to its end.
+    """
 
     text: bytes
-    seconds: float
-    worker: tuple[float, float]
+    steps: tuple[float, ...]
 
     @property
     def keys(self) -> Counter:
@@ -153,7 +165,7 @@ class Ground:
 
     def __init__(self, device: str, folder: Path, kills: int, small: bool) -> None:
         self.device, self.folder, self.kills = device, folder, kills
-        self.random, self.number = random.Random(0), itertools.count()
+        self.random, self.number = random.Random(0), count()
         lengths = ("64", "96") if small else ("64", "96", "128", "192")
         self.base = (
             "--device", device, "--heads", "4", "--head-dim", "64", "--phases", "fwd", "fwd_bwd",
@@ -177,23 +189,18 @@ class Ground:
     def reference(self, arguments: tuple[str, ...]) -> Reference:
         if arguments not in self._references:
             folder = self.new_folder()
-            run = Run(arguments, folder)
-            (worker,) = run.wait_for_workers()[:1] or [None]
-            first = last = run.seconds
-            while worker in run.workers():
-                last = run.seconds
-                time.sleep(0.05)
-            status = run.wait()
-            if status != 0:
-                raise RuntimeError(
-                    f"an undisturbed run ended with {status}: {run.log.read_text()}"
-                )
+            run, times = Run(arguments, folder), [0.0]
+            while run.process.poll() is None:
+                if problems_in(folder) == len(times):
+                    times.append(run.seconds)
+                time.sleep(0.02)
+            times.append(run.seconds)
+            if run.wait() != 0:
+                raise RuntimeError(f"an undisturbed run failed: {run.log.read_text()}")
             text = (folder / "results" / "run.csv").read_bytes()
-            self._references[arguments] = Reference(text, run.seconds, (first, last))
+            steps = tuple(after - before for before, after in pairwise(times))
+            self._references[arguments] = Reference(text, steps)
         return self._references[arguments]
-
-    def moment(self, low: float, high: float) -> float:
-        return self.random.uniform(low, high)
 
 
 @dataclass
@@ -278,6 +285,11 @@ def intact(text: bytes) -> list[Line]:
         if len(values) == len(names) and row.get("seq_len", "").isdecimal():
             rows.append(row)
     return rows
+
+
+def problems_in(folder: Path) -> int:
+    path = folder / "results" / "run.csv"
+    return len({row["seq_len"] for row in intact(path.read_bytes())}) if path.exists() else 0
 
 
 def key(row: Line) -> tuple[str, ...]:

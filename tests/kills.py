@@ -38,25 +38,22 @@ def _case(ground: Ground, kind: str, what: str, **changes: object) -> Case:
 
 
 def sweep_kill(ground: Ground, kind: str) -> Iterator[Finding]:
-    seconds = ground.reference(ground.plain).seconds
     for _ in range(ground.kills):
         yield _struck(
-            ground, kind, "kill -9 of the sweep", (0.1, seconds), _end_sweep(signal.SIGKILL),
+            ground, kind, "kill -9 of the sweep", _end_sweep(signal.SIGKILL),
             exits=(-signal.SIGKILL,),
         )  # fmt: skip
 
 
 def worker_kill(ground: Ground, kind: str) -> Iterator[Finding]:
-    alive = ground.reference(ground.plain).worker
     for _ in range(ground.kills):
         yield _struck(
-            ground, kind, "kill -9 of the worker", alive, _end_worker,
+            ground, kind, "kill -9 of the worker", _end_worker,
             exits=(0, 1), crashed=True, complete=True,
         )  # fmt: skip
 
 
 def interrupt(ground: Ground, kind: str) -> Iterator[Finding]:
-    alive = ground.reference(ground.plain).worker
     ways = {"sigint": signal.SIGINT, "sigterm": signal.SIGTERM, "sigint_group": signal.SIGINT}
     number = ways[kind]
     strike = _end_sweep(number)
@@ -64,18 +61,22 @@ def interrupt(ground: Ground, kind: str) -> Iterator[Finding]:
         strike = lambda run: _sent(os.killpg, run.process.pid, number)  # noqa: E731
     for _ in range(max(1, ground.kills // 4)):
         name = f"{number.name} to {'all processes' if kind == 'sigint_group' else 'the sweep'}"
-        yield _struck(ground, kind, name, alive, strike, exits=(128 + number,))
+        yield _struck(ground, kind, name, strike, exits=(128 + number,))
 
 
 def _struck(
-    ground: Ground, kind: str, what: str, window: tuple[float, float],
-    strike: Callable[[Run], bool], **right: object,
-) -> Finding:  # fmt: skip
-    """Strikes at a random moment; at another one where the run had ended by then."""
+    ground: Ground, kind: str, what: str, strike: Callable[[Run], bool], **right: object
+) -> Finding:
+    """Strikes at a random moment between two problems on disk, or before the first.
+
+    By the clock alone most strikes would meet nothing but imports. Where the run had ended by
+    then, another moment is drawn.
+    """
+    steps = ground.reference(ground.plain).steps[:-1]
     while True:
-        case, moment = _case(ground, kind, what, **right), ground.moment(*window)
-        run = case.start()
-        if run.wait_until(moment):
+        case, step = _case(ground, kind, what, **right), ground.random.randrange(len(steps))
+        run, delay = case.start(), ground.random.uniform(0, steps[step])
+        if run.wait_for_problems(step) and run.wait_until(run.seconds + delay):
             at = run.seconds
             if strike(run):
                 return case.conclude(run, at)
@@ -136,7 +137,7 @@ def sweep_kill_hang(ground: Ground, kind: str) -> Iterator[Finding]:
     case = _faulty_case(ground, kind, "hang", limit=60)
     case.what, case.exits, case.complete = "kill -9 of the sweep in a hang", (-9,), False
     run = case.start()
-    run.wait_until(run.seconds + ground.reference(ground.plain).worker[1] + 5)
+    run.wait_until(run.seconds + sum(ground.reference(ground.plain).steps) + 5)
     at = run.seconds
     _sent(os.kill, run.process.pid, signal.SIGKILL)
     yield case.conclude(run, at, resume=("--time-limit", "20"))
@@ -151,7 +152,7 @@ def compile_kill(ground: Ground, kind: str) -> Iterator[Finding]:
         case = Case(ground, kind, what, arguments, keys, ground.new_folder())
         run = case.start()
         workers = run.wait_for_workers(2)
-        run.wait_until(run.seconds + ground.moment(3, 12))
+        run.wait_until(run.seconds + ground.random.uniform(3, 12))
         at = run.seconds
         if victim == "the sweep":
             case.exits = (-signal.SIGKILL,)
