@@ -22,7 +22,7 @@ from dataclasses import astuple, fields, replace
 from functools import partial
 from pathlib import Path
 
-from tests.disturbed import ROOT, Case, Finding, Ground, Run, intact, key
+from tests.disturbed import ROOT, RUN_S, Case, Finding, Ground, Run, intact, key
 
 Kind = Callable[[Ground, str], Iterator[Finding]]
 TABLE = ROOT / "results" / "cpu" / "kills.csv"
@@ -145,7 +145,8 @@ def sweep_kill_hang(ground: Ground, kind: str) -> Iterator[Finding]:
 
 def compile_kill(ground: Ground, kind: str) -> Iterator[Finding]:
     """Kills while kernels are compiled ahead: of the sweep, and of a process that compiles."""
-    arguments = ground.sweep("standard", "spattention", backends=("flex",))
+    # A pool that lost a process leaves the rest to the one that measures: that takes longer.
+    arguments = ground.sweep("standard", "spattention", backends=("flex",), limit=RUN_S)
     keys = ground.reference(arguments).keys
     for victim in ("the sweep", "a process that compiles"):
         what = f"kill -9 of {victim} while compiling ahead"
