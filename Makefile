@@ -4,12 +4,17 @@
 # make test                           format, lint, tests
 # make readme                         the README's figures, from the committed results
 # make kills ARGS="--kills 5"         kill and damage real sweeps, and see that nothing is lost
+# make detection                      how often `compare` sees a difference of nothing, 1 % and 3 %
+# make faults                         planted faults through the check, on this machine's kernels
+# make clocks                         (GPU) the device clock against CUPTI's and triton's
+# make attend-cost                    (GPU) what attend() costs a call
+# make serial                         (GPU) the suite against compiling and timing one by one
 # The first of them installs everything into .venv.
 
 PYTHON ?= python3
 ARGS =
 
-.PHONY: bench paper test readme kills clean
+.PHONY: bench paper test readme kills detection faults clocks attend-cost serial clean
 
 bench: .venv/installed
 	.venv/bin/python run_bench.py $(ARGS)
@@ -25,8 +30,11 @@ test: .venv/installed
 readme: .venv/installed
 	.venv/bin/python -m bench.readme
 
-kills: .venv/installed
-	.venv/bin/python -m tests.kills $(ARGS)
+kills detection faults: .venv/installed
+	.venv/bin/python -m tests.$@ $(ARGS)
+
+clocks attend-cost serial: .venv/installed
+	.venv/bin/python -m tests.gpu.$(subst -,_,$@) $(ARGS)
 
 clean:
 	rm -rf .venv

@@ -19,6 +19,7 @@ from bench.record import CLOCKS, Row
 PHASE_NAMES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
 NOTHING = "-"
 METHOD_WIDTH = 34
+WIDE = 0.05  # from here on an interval, to its farther side, deserves a word
 LEGEND = (
     "Times are medians, ± the farther end of the 99 % interval. Speed-ups (x) are over "
     "`standard`, on the same backend and on the fastest dense one, of fwd+bwd; f: of fwd, where "
@@ -187,9 +188,16 @@ def _times(board: Board, phase: str, keep: int) -> Column:
 def _spread(row: Row) -> str:
     if row.ci_low_us is None or row.ci_high_us is None:
         return " " * 6
-    farther = max(row.median_us - row.ci_low_us, row.ci_high_us - row.median_us)
-    percent = 100 * farther / row.median_us
+    percent = 100 * _half_width(row)
     return f" {f'±{percent:.{0 if percent >= 9.95 else 1}f}%':>5}"
+
+
+def _half_width(row: Row) -> float:
+    """The farther end of the interval from the median, over the median."""
+    if row.ci_low_us is None or row.ci_high_us is None:
+        return 0.0
+    farther = max(row.median_us - row.ci_low_us, row.ci_high_us - row.median_us)
+    return farther / row.median_us
 
 
 def _styled(text: str) -> Text:
@@ -206,6 +214,7 @@ def _notes(board: Board) -> Iterator[Text]:
         yield Text("parameters: " + "; ".join(named).replace(",", ", "), style="dim")
     yield from _reasons(board)
     yield from _too_good(board)
+    yield from _disturbed(board)
 
 
 def _reasons(board: Board) -> Iterator[Text]:
@@ -247,6 +256,31 @@ def _too_good(board: Board) -> Iterator[Text]:
             f"{', '.join(cells)}. Either `{BASELINE}` on {backend} is slow at this shape: "
             f"{remedy}; or its samples were disturbed: measure again on an idle machine.",
             style="yellow",
+        )
+
+
+def _disturbed(board: Board) -> Iterator[Text]:
+    """What was not quiet while the cells were measured, and what to do about it."""
+    rows = [row for c in board.cells for x in PHASE_NAMES if (row := board.row(c, x)) is not None]
+    discarded = sum(row.discarded for row in rows)
+    if discarded:
+        yield Text(
+            f"warning: {discarded} samples were discarded, since the chip was slowed down from "
+            "outside (heat or power supply): let it cool, or use another one, and measure again.",
+            style="yellow",
+        )
+    wide = sum(row.median_us is not None and _half_width(row) > WIDE for row in rows)
+    if wide:
+        yield Text(
+            f"warning: {wide} medians are known to worse than {WIDE:.0%}: end other work on the "
+            "machine, or take longer (--seconds).",
+            style="yellow",
+        )
+    capped = sum("power cap" in (row.throttled or "") for row in rows)
+    if capped:
+        yield Text(
+            f"{capped} rows met the chip's power cap, which is normal in large dense cells.",
+            style="dim",
         )
 
 

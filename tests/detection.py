@@ -22,9 +22,10 @@ from bench import timing
 from bench.backends import BACKENDS, forward_backward
 from bench.compare import verdict
 from bench.derived import UNPAIRED
-from bench.record import environment
+from bench.record import ROOT, environment
 from bench.sampling import sample_rounds
 from bench.stats import ratio_interval
+from bench.sweep import default_device
 from methods import METHODS, Problem
 
 ROUNDS, SECONDS = 30, 2.0
@@ -91,9 +92,9 @@ def verdicts(pairs: list[tuple[dict, dict]]) -> dict[str, Counter]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=str(default_device()))
     parser.add_argument("--comparisons", type=int, default=100)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "detection.csv")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     timing.use_side_stream(device)

@@ -50,6 +50,29 @@ def test_figures_of_a_row():
     assert text.startswith(title + "\ndevice clock · Chip X\n")
 
 
+def test_share_of_the_chips_matmul_rate():
+    us = 14 * 128 * 100 / 50.0 * 1e-6  # at 50 TFLOP/s
+    text = printed([make_row(**SPARSE, median_us=us, matmul_tflop_s=800.0)], width=200)
+    assert "% of" in text
+    assert "6.2" in line_of(text, "spattention")
+
+
+def test_what_disturbed_a_measurement_comes_with_a_remedy():
+    quiet = printed([make_row(median_us=100.0)])
+    assert "warning" not in quiet
+    text = printed(
+        [
+            make_row(median_us=100.0, ci_high_us=120.0, discarded=3, throttled="thermal 3/9"),
+            make_row(phase="fwd", median_us=100.0, throttled="power cap 2/9"),
+        ]
+    )
+    assert "3 samples were discarded" in text
+    assert "let it cool" in text
+    assert "1 medians are known to worse than 5%" in text
+    assert "--seconds" in text
+    assert "1 rows met the chip's power cap, which is normal" in text
+
+
 def test_forward_stands_in_and_says_so():
     rows = [
         make_row(**DENSE, phase="fwd", median_us=100.0),

@@ -19,7 +19,7 @@ from triton.testing import do_bench_cudagraph
 
 from bench import timing
 from bench.backends import BACKENDS, forward_backward
-from bench.record import environment
+from bench.record import ROOT, environment
 from methods import METHODS, Problem
 
 POINTS = (
@@ -61,7 +61,7 @@ def measured(name: str, backend: str, n: int, device: torch.device) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "clocks.csv")
     output, device = parser.parse_args().output, torch.device("cuda:0")
     timing.use_side_stream(device)
     env = environment(device)

@@ -67,7 +67,7 @@ def timed(attention: object, inputs: list[torch.Tensor], grad: torch.Tensor) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "serial.csv")
     output, device = parser.parse_args().output, torch.device("cuda:0")
     with tempfile.TemporaryDirectory() as folder:
         suite = in_the_suite(folder)
