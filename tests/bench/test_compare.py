@@ -289,7 +289,7 @@ def test_exit_status(write, capsys):
         (["{a}", "missing.csv"], "missing.csv"),
         (["{a}", "{text}"], "not a results file"),
         (["{a}", "{empty}"], "nothing matches"),
-        (["{a}", "{damaged}"], "spattention on flex, fwd+bwd, device clock: could not convert"),
+        (["{a}", "{damaged}"], "spattention on flex, fwd+bwd, device clock: samples are"),
         (["{a}", "{a}", "--fail-slower", "-1"], "--fail-slower is -1.0; a percentage of 0"),
         (["{a}", "{a}", "--fail-slower", "nan"], "--fail-slower is nan; a percentage of 0"),
         (["{a}", "--method", "reformer", "--against", "spattention"],
@@ -304,7 +304,7 @@ def test_wrong_requests_are_one_line(write, tmp_path, capsys, arguments, complai
     files = {
         "a": write("a.csv", timed(), *others),
         "empty": write("empty.csv"),
-        "damaged": write("damaged.csv", make_row(samples_us="x;1", median_us=1.0)),
+        "damaged": write("damaged.csv", make_row(samples_us="-1;1", median_us=1.0)),
         "text": tmp_path / "text.csv",
     }
     files["text"].write_text("a,b\n1,2\n")
