@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench import report
@@ -24,6 +24,7 @@ def sections() -> dict[str, Callable[[], str]]:
         "cpu-forward": lambda: _forward(_rows("cpu/default")),
         "cpu": lambda: report.headline_markdown(_rows("cpu/default"), backend="blockwise"),
         "faults": _faults,
+        "proofs": _proofs,
         "methods": _methods,
     }
 
@@ -37,6 +38,12 @@ def render(text: str) -> str:
 
 def _rows(name: str) -> list[Row]:
     return read_rows(ROOT / "results" / f"{name}.csv")
+
+
+def _records(name: str) -> list[dict[str, str]]:
+    """Lines of a table that is no sweep's."""
+    with (ROOT / "results" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _methods() -> str:
@@ -112,10 +119,74 @@ def _stand_ins(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _proofs() -> str:
+    """What the suite's own claims rest on: one line a proof, from its committed table."""
+    proofs = [*_verdict_proofs(), *_clock_proofs(), *_sweep_proofs(), *_cost_proofs()]
+    lines = ["| what | measured | made by |", "| --- | --- | --- |"]
+    return "\n".join(lines + [f"| {what} | {found} | {by} |" for what, found, by in proofs])
+
+
+def _verdict_proofs() -> Iterator[tuple[str, str, str]]:
+    for x in _records("h200/detection"):
+        planted, mode = float(x["planted"]), x["mode"]
+        what = f"{planted:.0%} of real extra work" if planted else "a call against its twin"
+        rounds = "in the same rounds" if mode == "paired" else "one run after the other"
+        found = ", ".join(f"{x[v]} {v}" for v in ("same", "unclear", "slower", "faster"))
+        yield f"verdicts of `compare`: {what}, {rounds}", found, "`make detection`"
+
+
+def _clock_proofs() -> Iterator[tuple[str, str, str]]:
+    cells = _records("h200/clocks")
+    for column, name in (("cupti", "CUPTI's spans"), ("triton", "`do_bench_cudagraph`")):
+        apart = {abs(float(x[f"device_over_{column}"]) - 1): x for x in cells}
+        middle, most = sorted(apart)[len(apart) // 2], max(apart)
+        x = apart[most]
+        yield (
+            f"device clock against {name}, {len(cells)} cells",
+            (
+                f"{middle:.1%} apart at the median; at most {most:.1%}: `{x['method']}` on "
+                f"{x['backend']}, N = {x['seq_len']}"
+            ),
+            "`make clocks`",
+        )
+
+
+def _sweep_proofs() -> Iterator[tuple[str, str, str]]:
+    kills = [x for x in _records("cpu/kills") if not x["note"].startswith("skipped")]
+    whole = sum(x["passed"] == "True" for x in kills)
+    yield (
+        "sweeps killed, starved or damaged, then resumed (CPU)",
+        (f"{whole} of {len(kills)} ended with every row once"),
+        "`make kills`",
+    )
+    spent = {x["spent_on"]: float(x["seconds"]) for x in _records("h200/lengths.time")}
+    parts = sorted(spent.items(), key=lambda item: -item[1])
+    yield (
+        f"the {sum(spent.values()):.0f} s of the sweep above, caches empty",
+        ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts if seconds >= 1),
+        "`make bench`",
+    )
+
+
+def _cost_proofs() -> Iterator[tuple[str, str, str]]:
+    (cost,) = _records("h200/attend_cost")
+    what = "host time of `attend` a call, beyond the compiled kernel's"
+    yield what, f"{cost['beyond_us']} us", "`make attend-cost`"
+    lists = {row.method: row for row in _rows("h200/block_lists")}
+    ours, torchs = lists["spattention"], lists["spattention_gridless"]
+    yield (
+        "block lists against `create_block_mask`, N = 32768",
+        (
+            f"{torchs.median_us / ours.median_us:.0f} x faster, "
+            f"{torchs.peak_bytes / ours.peak_bytes:.0f} x less memory"
+        ),
+        "`--phases layout`, `tests/gpu/gridless.py`",
+    )
+
+
 def _faults() -> str:
     """Share of the error budget that each planted fault takes; above 1 is caught."""
-    with (ROOT / "results" / "cpu" / "faults.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
+    found = _records("cpu/faults")
     columns = list(dict.fromkeys((x["seq_len"], x["dtype"]) for x in found))
     share = {(x["fault"], x["method"], x["seq_len"], x["dtype"]): x["error_budget"] for x in found}
     heads = " | ".join(f"N = {n}, {dtype}" for n, dtype in columns)
