@@ -8,11 +8,10 @@ from typing import Any
 
 from bench import chip, stats
 from bench.ceilings import Ceilings, beyond
-from bench.kernels import Ran
 from bench.record import Environment, Row, code_hash
 from bench.sampling import Series
 from bench.specs import parameters_text, parse_method, source_file
-from bench.timing import Call, Sampler
+from bench.timing import Sampler
 from methods import Method, Problem
 
 
@@ -55,8 +54,6 @@ class Prepared:
 
     Attributes:
         refused: by phase, the status and the reason of what is not timed.
-        generated: modules that torch had generated before this cell was compiled.
-        calls: by phase, what one sample runs.
     """
 
     cell: Cell
@@ -65,11 +62,8 @@ class Prepared:
     facts: dict = field(default_factory=dict)
     layout_bytes: int | None = None
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
-    generated: int = 0
-    calls: dict[str, Call] = field(default_factory=dict)
     samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)
     series: dict[tuple[str, str], Series] = field(default_factory=dict)
-    ran: dict[str, Ran | None] = field(default_factory=dict)
 
 
 def failure_rows(
@@ -103,8 +97,6 @@ def _row(
     values |= prepared.facts | (ceilings._asdict() if ceilings else {})
     if phase == "layout":
         values["peak_bytes"] = prepared.layout_bytes
-    if ran := prepared.ran.get(phase):
-        values |= {"kernel": ran.kernels, "tiles": ran.tiles}
     values["status"], values["reason"] = prepared.refused.get(phase, ("ok", None))
     if series := prepared.series.get((phase, clock)):
         values |= _figures(series, group.shared)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask
 
-from bench import chip, kernels, oracle, timing
+from bench import chip, oracle, timing
 from bench.backends import (
     BACKENDS,
     BACKWARD_PHASES,
@@ -195,7 +195,6 @@ class _Bench:
             prepared.refused |= {x: ("mismatch", reason) for x in wanted}
             return attention
         gradients = any(phase in BACKWARD_PHASES for phase in wanted)
-        prepared.generated = kernels.generated()
         with self.clockwork.on("compile"):
             first_calls(attention, inputs[0], wanted)
         with self.clockwork.on("gate"):
@@ -265,7 +264,6 @@ class _Bench:
             prepared.samplers[phase, "host"] = timing.host_sampler(call, self.device)
             return
         calls = [phase_call(attention, phase, x) for x in self._inputs(prepared.method)]
-        prepared.calls[phase] = calls[0]
         if self.device.type == "cuda":
             try:
                 sampler, clock = timing.device_sampler(calls, self.device), "device"
@@ -279,28 +277,22 @@ class _Bench:
     def sample(
         self, ready: Sequence[Prepared], read_chip: chip.Reader, announce: Callable[[Cell], None]
     ) -> None:
-        """Samples every cell, phase and clock in rounds; then asks which kernels ran.
+        """Samples every cell, phase and clock in rounds.
 
-        In this order, since a profiler must not have been at work when a call is timed.
+        What needs CUPTI comes last: once it was at work, every launch takes longer.
         """
-        jobs = {
-            (index, *key): x
-            for index, cell in enumerate(ready)
-            for key, x in cell.samplers.items()
-        }
-        with self.clockwork.on("sample"):
-            series = sample_rounds(
-                jobs, rounds=self.group.rounds, seconds=self.group.seconds, seed=self.group.seed,
-                read_chip=read_chip, announce=lambda key: announce(ready[key[0]].cell),
-            )  # fmt: skip
-        for (index, *key), taken in series.items():
-            ready[index].series[tuple(key)] = taken
-        if self.device.type == "cuda":
-            for prepared in ready:
-                announce(prepared.cell)
-                with self.clockwork.on("profile"):
-                    for phase, call in prepared.calls.items():
-                        prepared.ran[phase] = kernels.ran(call, self.device, prepared.generated)
+        jobs = {(x, *key): sampler for x in range(len(ready))
+                for key, sampler in ready[x].samplers.items()}  # fmt: skip
+        for cupti in (False, True):
+            chosen = {key: x for key, x in jobs.items() if (key[2] == "kernels") == cupti}
+            with self.clockwork.on("sample"):
+                series = sample_rounds(
+                    chosen, rounds=self.group.rounds, seconds=self.group.seconds,
+                    seed=self.group.seed, read_chip=read_chip,
+                    announce=lambda key: announce(ready[key[0]].cell),
+                )  # fmt: skip
+            for (index, *key), taken in series.items():
+                ready[index].series[tuple(key)] = taken
 
 
 def one_line(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def sample_rounds(
     series = {key: Series() for key in samplers}
     order, keys = random.Random(seed), list(samplers)
     start, number, look = time.perf_counter(), 0, rounds
-    while number < min(LEAST_ROUNDS, rounds) or time.perf_counter() - start < seconds:
+    while (keys and number < min(LEAST_ROUNDS, rounds)) or time.perf_counter() - start < seconds:
         if number == look:
             if all(x.settled for x in series.values()):
                 break

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench import figures, masks, report
+from bench.ahead import Ahead, Known, compile_ahead, compile_jobs
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group
 from bench.derived import BASELINE
 from bench.measure import Clockwork
 from bench.record import PHASES, ROOT, Environment, Row, Store, code_hash
 from bench.specs import AUTHOR_ERRORS, parameters_text, parse_method, source_file
-from bench.worker import CompileTimes, Worker, compile_ahead, compile_jobs
+from bench.worker import Worker
 from methods import METHODS, Method, Problem
 
 CLOCK_ASKED = {"device": "device", "kernels": "device", "host": "host"}
@@ -290,18 +291,26 @@ def _measure(
         worker = Worker(groups[0].device, request.time_limit)
     with worker, _progress(console) as bar:
         todo = [group for group in groups if not _complete(group, rows, worker.environment)]
-        compile_times = _compile(request, todo, clockwork, bar)
+        known = _compile(request, todo, clockwork, bar)
         task = bar.add_task("measuring", total=sum(len(group.cells) for group in todo))
         for group in todo:
             bar.update(task, description=f"measuring {_title(group)}")
             measured = worker.measure(group, clockwork)
             for cell in group.cells:
-                seconds = compile_times.get((group.problem, group.block_size, cell))
-                measured[cell] = [replace(x, compile_s=seconds) for x in measured[cell]]
+                about = known.get((group.problem, group.block_size, cell))
+                measured[cell] = [_completed(row, about) for row in measured[cell]]
             finished = [row for cell in group.cells for row in measured[cell]]
             rows = _put(rows, finished, store)
             bar.advance(task, len(group.cells))
     return clockwork, rows
+
+
+def _completed(row: Row, known: Known | None) -> Row:
+    """The row with what was known of its cell before it was measured."""
+    if known is None:
+        return row
+    kernel, tiles = known.ran.get(row.phase) or (None, None)
+    return replace(row, compile_s=known.compile_s, kernel=kernel, tiles=tiles)
 
 
 def _put(rows: list[Row], finished: list[Row], store: Store) -> list[Row]:
@@ -320,9 +329,7 @@ def _cell_key(row: Row) -> tuple:
     return row.device, row.problem, size, row.method, row.params, row.backend, row.phase
 
 
-def _compile(
-    request: Sweep, todo: list[Group], clockwork: Clockwork, bar: Progress
-) -> CompileTimes:
+def _compile(request: Sweep, todo: list[Group], clockwork: Clockwork, bar: Progress) -> Ahead:
     task = bar.add_task("compiling ahead", total=sum(1 for _ in compile_jobs(todo)))
     with clockwork.on("compile ahead"):
         return compile_ahead(todo, request.time_limit, lambda: bar.advance(task))

@@ -1,4 +1,4 @@
-"""Processes: workers that compile ahead, and the one that owns the device and may die."""
+"""The process that owns the device, and may die."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -19,10 +16,8 @@ from types import TracebackType
 
 import torch
 import torch._functorch.config
-from torch._dynamo.utils import counters
 
 from bench import chip, timing
-from bench.backends import BACKENDS, first_calls
 from bench.ceilings import measure_ceilings
 from bench.cells import Cell, Group, failure_rows
 from bench.measure import (
@@ -34,16 +29,12 @@ from bench.measure import (
     out_of_memory,
 )
 from bench.record import Environment, Row, environment
-from bench.specs import parse_method
-from methods import Problem
 
 SPAWN = multiprocessing.get_context("spawn")
 START_LIMIT = 300.0  # seconds to import and to open the device
 START_TRIES = 2
 STOP_LIMIT = 10.0  # seconds to clean up
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-CompileTimes = dict[tuple[Problem, tuple[int, int], Cell], float | None]
 
 
 class CellFailed(RuntimeError):
@@ -81,7 +72,9 @@ class Worker:
         while len(failed) < len(group.cells):
             cells = tuple(cell for cell in group.cells if cell not in failed)
             try:
-                return failed | self._measure_once(replace(group, cells=cells), clockwork)
+                rows = failed | self._measure_once(replace(group, cells=cells), clockwork)
+                self._leave_cupti(rows)
+                return rows
             except CellFailed as death:
                 self._process.kill()
                 self.stop()
@@ -95,6 +88,12 @@ class Worker:
                         group, self.environment, cell, death.status, death.reason
                     )
         return failed
+
+    def _leave_cupti(self, rows: dict[Cell, list[Row]]) -> None:
+        """Goes on in a new process where CUPTI was at work: its launches would take longer."""
+        if any(row.clock == "kernels" for found in rows.values() for row in found):
+            self.stop()
+            self._start()
 
     def stop(self) -> None:
         """Ends the process: it leaves when nobody is at the other end, or is made to."""
@@ -112,7 +111,7 @@ class Worker:
         for _ in range(START_TRIES):
             self._connection, theirs = SPAWN.Pipe()
             self._process = SPAWN.Process(target=_serve, args=(theirs, self.device), daemon=True)
-            with _interrupts_held():
+            with interrupts_held():
                 self._process.start()
             theirs.close()
             try:
@@ -163,7 +162,7 @@ def _death(exit_code: int | None) -> str:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Processes started here never see an interrupt: their parent decides what it means."""
     resource_tracker.ensure_running()  # starting it would let interrupts through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -173,7 +172,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _set_up() -> None:
+def set_up() -> None:
     """Ends with the parent; and what compiled code must agree on for the on-disk caches."""
     if sys.platform == "linux":
         # Even in the middle of a cell that never ends, when nothing else would be noticed.
@@ -184,7 +183,7 @@ def _set_up() -> None:
 
 
 def _serve(connection: Connection, device: str) -> None:
-    _set_up()
+    set_up()
     on = torch.device(device)
     timing.use_side_stream(on)
     machine = Machine(environment(on), measure_ceilings(on), chip.reader(on))
@@ -206,88 +205,3 @@ def _serve(connection: Connection, device: str) -> None:
             connection.send(("failed", status, one_line(error)))
             return
         connection.send(("done", rows, clockwork.spent))
-
-
-def compile_ahead(
-    groups: Sequence[Group], time_limit: float, on_done: Callable[[], None]
-) -> CompileTimes:
-    """Compiles every cell's kernels into the on-disk caches, on all cores.
-
-    What fails here fails again, with a name, when it is measured.
-
-    Returns:
-        Seconds of each cell's first calls; None where the caches had everything.
-    """
-    jobs = list(compile_jobs(groups))
-    times: CompileTimes = {}
-    if not jobs:
-        return times
-    processes = min(len(jobs), os.cpu_count() or 1)
-    pool = ProcessPoolExecutor(processes, mp_context=SPAWN, initializer=_set_up)
-    futures: dict[Future, tuple[Group, Cell]] = {}
-    try:
-        with _interrupts_held(), suppress(BrokenProcessPool):  # one may die before all is said
-            for group, cell in jobs:
-                futures[pool.submit(_compile, group, cell)] = group, cell
-        for future in _as_finished(futures, START_LIMIT + time_limit):
-            group, cell = futures[future]
-            if future.exception() is None:
-                times[group.problem, group.block_size, cell] = future.result()
-            on_done()
-    finally:
-        if not all(future.done() for future in futures):
-            _kill(pool)
-        pool.shutdown(cancel_futures=True)
-    return times
-
-
-def _kill(pool: ProcessPoolExecutor) -> None:
-    """Ends a pool whose processes may hang; the pool itself only ever waits for them."""
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-
-
-def compile_jobs(groups: Sequence[Group]) -> Iterator[tuple[Group, Cell]]:
-    """The cells whose first call compiles."""
-    for group in groups:
-        for cell in group.cells:
-            if BACKENDS[cell.backend].compiles and _wanted(group, cell):
-                yield group, cell
-
-
-def _as_finished(futures: Sequence[Future], limit: float) -> Iterator[Future]:
-    """Futures as they end, until nothing ends for so many seconds."""
-    left = set(futures)
-    while left:
-        done, left = wait(left, timeout=limit, return_when=FIRST_COMPLETED)
-        if not done:
-            return
-        yield from done
-
-
-def _wanted(group: Group, cell: Cell) -> list[str]:
-    """The phases that run the cell's compiled code."""
-    backend, method = BACKENDS[cell.backend], parse_method(cell.method)
-    device = torch.device(group.device)
-    return [
-        phase
-        for phase in group.phases
-        if phase != "layout" and not backend.refusal(method, group.problem, device, phase)
-    ]
-
-
-def _compile(group: Group, cell: Cell) -> float | None:
-    p, device = group.problem, torch.device(group.device)
-    shapes = [(p.batch, h, p.seq_len, p.head_dim) for h in (p.q_heads, p.kv_heads, p.kv_heads)]
-    q, k, v = (
-        torch.randn(shape, device=device, dtype=p.torch_dtype, requires_grad=True)
-        for shape in shapes
-    )
-    attention = BACKENDS[cell.backend].build(
-        parse_method(cell.method), p, device, group.block_size
-    )
-    counters.clear()
-    start = time.perf_counter()
-    first_calls(attention, (q, k, v, torch.randn_like(q)), _wanted(group, cell))
-    seconds = time.perf_counter() - start
-    return seconds if counters["inductor"]["fxgraph_cache_miss"] else None

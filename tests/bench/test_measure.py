@@ -2,16 +2,17 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import measure
 from bench.backends import BACKENDS
-from bench.cells import Cell, Group
+from bench.cells import Cell, Group, Prepared
 from bench.measure import Clockwork, Machine, measure_group
 from bench.record import PHASES, environment
-from methods import Problem
+from methods import METHODS, Problem
 
 GROUP = Group(
     problem=Problem(seq_len=200, q_heads=4, kv_heads=2, head_dim=16, dtype="float32"),
@@ -67,6 +68,18 @@ def test_samples_are_interleaved():
     assert len(rounds) == 3
     assert all(set(order) == set(GROUP.cells) for order in rounds)
     assert len(set(rounds)) > 1
+
+
+def test_what_needs_cupti_is_sampled_when_all_else_is_done():
+    order = []
+    ready = [Prepared(cell, METHODS["standard"]) for cell in GROUP.cells[:2]]
+    for prepared in ready:
+        for clock in ("kernels", "host"):
+            prepared.samplers["fwd", clock] = lambda clock=clock: order.append(clock) or 1.0
+    bench = SimpleNamespace(group=GROUP, clockwork=Clockwork())
+    measure._Bench.sample(bench, ready, lambda: None, lambda cell: None)
+    assert order == ["host"] * 6 + ["kernels"] * 6
+    assert all(len(x.series["fwd", "kernels"].samples) == 3 for x in ready)
 
 
 def spoil(monkeypatch, change):

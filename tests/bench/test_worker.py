@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import bench.worker as worker_module
+from bench.ahead import compile_ahead, compile_jobs
 from bench.cells import Cell, Group
 from bench.measure import Clockwork
 from bench.record import ROOT, environment
-from bench.worker import CellFailed, Worker, compile_ahead, compile_jobs
+from bench.worker import CellFailed, Worker
 from methods import Problem
+from tests.bench.rows import make_row
 
 DEADLY = """
     import os, signal, time
@@ -169,3 +171,14 @@ def test_compiling_ahead_survives_a_death(group):
     done = []
     compile_ahead([group], 60.0, lambda: done.append(1))
     assert len(done) == 2
+
+
+def test_a_process_that_used_cupti_measures_nothing_more():
+    cell = Cell("standard", "blockwise")
+    with Worker("cpu", time_limit=60.0) as worker:
+        first = worker._process.pid
+        worker._leave_cupti({cell: [make_row(clock="host"), make_row(clock="device")]})
+        assert worker._process.pid == first
+        worker._leave_cupti({cell: [make_row(clock="kernels")]})
+        assert worker._process.pid != first
+        assert worker._process.is_alive()

@@ -1,0 +1,135 @@
+"""What is known of cells before they are measured, by other processes on all cores."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from bench import kernels
+from bench.backends import BACKENDS, Attention, first_calls, phase_call
+from bench.cells import Cell, Group
+from bench.specs import parse_method
+from bench.worker import SPAWN, START_LIMIT, interrupts_held, set_up
+from methods import Problem
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a cell's first calls showed.
+
+    Attributes:
+        compile_s: seconds that they took; None where the on-disk caches had everything.
+        ran: the kernels of each phase; empty on a CPU.
+    """
+
+    compile_s: float | None
+    ran: dict[str, kernels.Ran | None]
+
+
+Ahead = dict[tuple[Problem, tuple[int, int], Cell], Known]
+
+
+def compile_ahead(
+    groups: Sequence[Group], time_limit: float, on_done: Callable[[], None]
+) -> Ahead:
+    """Compiles every cell's kernels into the on-disk caches, and looks which ones run.
+
+    What fails here fails again, with a name, when it is measured.
+    """
+    jobs = list(compile_jobs(groups))
+    found: Ahead = {}
+    if not jobs:
+        return found
+    processes = min(len(jobs), os.cpu_count() or 1)
+    pool = ProcessPoolExecutor(processes, mp_context=SPAWN, initializer=set_up)
+    futures: dict[Future, tuple[Group, Cell]] = {}
+    try:
+        with interrupts_held(), suppress(BrokenProcessPool):  # one may die before all is said
+            for group, cell in jobs:
+                futures[pool.submit(_first, group, cell)] = group, cell
+        for future in _as_finished(futures, START_LIMIT + time_limit):
+            group, cell = futures[future]
+            if future.exception() is None:
+                found[group.problem, group.block_size, cell] = future.result()
+            on_done()
+    finally:
+        if not all(future.done() for future in futures):
+            _kill(pool)
+        pool.shutdown(cancel_futures=True)
+    return found
+
+
+def compile_jobs(groups: Sequence[Group]) -> Iterator[tuple[Group, Cell]]:
+    """The cells whose first call compiles; on a GPU also those that run one library kernel."""
+    for group in groups:
+        for cell in group.cells:
+            backend = BACKENDS[cell.backend]
+            library = group.device != "cpu" and backend.only is not None
+            if (backend.compiles or library) and _wanted(group, cell):
+                yield group, cell
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """Ends a pool whose processes may hang; the pool itself only ever waits for them."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+
+
+def _as_finished(futures: Sequence[Future], limit: float) -> Iterator[Future]:
+    """Futures as they end, until nothing ends for so many seconds."""
+    left = set(futures)
+    while left:
+        done, left = wait(left, timeout=limit, return_when=FIRST_COMPLETED)
+        if not done:
+            return
+        yield from done
+
+
+def _wanted(group: Group, cell: Cell) -> list[str]:
+    """The phases that run the cell's kernels."""
+    backend, method = BACKENDS[cell.backend], parse_method(cell.method)
+    device = torch.device(group.device)
+    return [
+        phase
+        for phase in group.phases
+        if phase != "layout" and not backend.refusal(method, group.problem, device, phase)
+    ]
+
+
+def _first(group: Group, cell: Cell) -> Known:
+    p, device = group.problem, torch.device(group.device)
+    shapes = [(p.batch, h, p.seq_len, p.head_dim) for h in (p.q_heads, p.kv_heads, p.kv_heads)]
+    q, k, v = (
+        torch.randn(shape, device=device, dtype=p.torch_dtype, requires_grad=True)
+        for shape in shapes
+    )
+    inputs, phases = (q, k, v, torch.randn_like(q)), _wanted(group, cell)
+    attention = BACKENDS[cell.backend].build(
+        parse_method(cell.method), p, device, group.block_size
+    )
+    counters.clear()
+    before, start = kernels.generated(), time.perf_counter()
+    first_calls(attention, inputs, phases)
+    seconds = time.perf_counter() - start
+    cold = counters["inductor"]["fxgraph_cache_miss"] > 0
+    ran = _kernels_of(attention, inputs, phases, before) if device.type == "cuda" else {}
+    return Known(seconds if cold else None, ran)
+
+
+def _kernels_of(
+    attention: Attention, inputs: tuple[Tensor, ...], phases: Sequence[str], before: int
+) -> dict[str, kernels.Ran | None]:
+    device = inputs[0].device
+    return {
+        phase: kernels.ran(phase_call(attention, phase, inputs), device, before)
+        for phase in phases
+    }
