@@ -169,6 +169,8 @@ class _Bench:
         except CELL_ERRORS as error:
             if out_of_memory(error) or any(text in str(error) for text in LOST_DEVICE):
                 raise
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # a lost device says so here, by this cell
             prepared.refused |= {x: ("crash", one_line(error)) for x in wanted}
             return prepared
         for phase in wanted:
