@@ -22,6 +22,8 @@ from bench.report import METHOD_WIDTH, NOTHING, PHASE_NAMES, problem_title, quan
 from bench.stats import FEW, Ratio
 
 LIMIT = 1.01  # a factor nearer to 1 than this is no difference
+# Two runs of one thing should agree this well in medians that are not tiny.
+ALIKE, LONG = 1.02, 50.0
 STYLES = {"faster": "green", "slower": "red", "same": "dim", "unclear": "yellow"}
 # Columns that go where the terminal is narrow, first to last.
 OPTIONAL = (("A us", "B us"), ("could\nshow",), ("A\ntokens/s", "B\ntokens/s"))
@@ -169,6 +171,17 @@ def _print(a: Side, b: Side, pairs: Sequence[Pair], console: Console) -> None:
     counts = Counter(verdict(p.speed) for p in pairs if p.speed)
     told = ", ".join(f"{counts[word]} {word}" for word in STYLES)
     console.print(Text(f"B against A, {sum(counts.values())} compared: {told}", style="bold"))
+    ratios = _gathered(((p.key.clock,), p.speed.ratio) for p in pairs if _long(p))
+    for clock, found in ratios.items():
+        alike = sum(1 / ALIKE <= ratio <= ALIKE for ratio in found)
+        console.print(
+            f"{clock[0]} clock: {alike} of {len(found)} medians of {LONG:.0f} us and more within "
+            f"{ALIKE - 1:.0%} of each other", highlight=False,
+        )  # fmt: skip
+
+
+def _long(pair: Pair) -> bool:
+    return bool(pair.speed) and min(pair.a.median_us, pair.b.median_us) >= LONG
 
 
 def _environments(pairs: Sequence[Pair]) -> Text:

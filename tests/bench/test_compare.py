@@ -210,6 +210,18 @@ def test_different_environments_are_one_line(write):
     assert "2 compared" in text
 
 
+def test_how_alike_two_runs_are(write, capsys):
+    lengths = (1024, 2048, 4096, 8192)
+    files = [
+        write(name, *(make_row(seq_len=n, samples_us=f"{us};{us}", median_us=us)
+                      for n, us in zip(lengths, times, strict=True)))
+        for name, times in (("a.csv", (20.0, 60.0, 100.0, 200.0)),
+                            ("b.csv", (30.0, 61.0, 101.9, 210.0)))
+    ]  # fmt: skip
+    run_bench.main(["compare", *map(str, files)])
+    assert "device clock: 2 of 3 medians of 50 us and more within 2%" in capsys.readouterr().out
+
+
 def test_rounds_of_one_file_pair_and_those_of_two_do_not(write):
     shared = np.exp(0.05 * ar1(1, 30, 0.3, seed=3)[0])
     texts = {"rounds": ";".join(map(str, range(30))), "median_us": 100.0}
