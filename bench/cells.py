@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from bench import chip, stats
 from bench.ceilings import Ceilings, beyond
@@ -13,6 +17,7 @@ from bench.sampling import Series
 from bench.specs import parameters_text, parse_method, source_file
 from bench.timing import Sampler
 from methods import Method, Problem
+from methods.method import ScoreMod
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,23 @@ class Prepared:
     """A cell that may be timed: what is known of it, and a sampler for every phase and clock.
 
     Attributes:
+        kept: block lists and what else a captured graph reads by its address.
         refused: by phase, the status and the reason of what is not timed.
     """
 
     cell: Cell
     method: Method
     state: Any = None
+    kept: tuple[BlockMask, ScoreMod | None] | None = None
     facts: dict = field(default_factory=dict)
     layout_bytes: int | None = None
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
     samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)
     series: dict[tuple[str, str], Series] = field(default_factory=dict)
+
+    def list_bytes(self) -> int:
+        lists = vars(self.kept[0]).values() if self.kept else ()
+        return sum(x.nbytes for x in lists if isinstance(x, Tensor))
 
 
 def failure_rows(
@@ -79,6 +90,7 @@ def rows_of(
     group: Group, env: Environment, prepared: Prepared, ceilings: Ceilings | None
 ) -> list[Row]:
     """A row for every phase and clock."""
+    _refuse_the_impossible(group.problem, prepared, ceilings)
     rows = []
     for phase in group.phases:
         for clock in group.clocks(phase):
@@ -86,6 +98,19 @@ def rows_of(
                 clock = "kernels"
             rows.append(_row(group, env, prepared, phase, clock, ceilings))
     return rows
+
+
+def _refuse_the_impossible(p: Problem, prepared: Prepared, ceilings: Ceilings | None) -> None:
+    """A cell that is faster than its chip can be has no number, in any phase."""
+    for (phase, clock), series in prepared.series.items():
+        if ceilings is None or clock == "host" or not series.samples:
+            continue
+        us = statistics.median(us for _, us in series.samples)
+        reason = beyond(ceilings, p, phase, prepared.facts["allowed_pairs"], us)
+        if reason:
+            prepared.refused |= {x: ("mismatch", reason) for x, _ in prepared.series}
+            prepared.series.clear()
+            return
 
 
 def _row(
@@ -100,7 +125,6 @@ def _row(
     values["status"], values["reason"] = prepared.refused.get(phase, ("ok", None))
     if series := prepared.series.get((phase, clock)):
         values |= _figures(series, group.shared)
-        values |= _doubts(group.problem, phase, clock, values, ceilings)
     return Row(
         run=group.run, time_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         method=prepared.method.name, params=parameters_text(prepared.method),
@@ -113,7 +137,10 @@ def _row(
 def _figures(series: Series, shared: bool) -> dict:
     """What the samples say."""
     values = {"discarded": series.discarded} | chip.summary(series.readings)
-    if series.samples:
+    if not series.samples:
+        reason = f"all {series.discarded} samples were taken while the chip was slowed down"
+        values |= {"status": "timeout", "reason": reason}
+    else:
         numbers, samples = zip(*series.samples, strict=True)
         median, low, high = stats.median_interval(samples)
         values |= {
@@ -122,18 +149,3 @@ def _figures(series: Series, shared: bool) -> dict:
             "median_us": median, "ci_low_us": low, "ci_high_us": high,
         }  # fmt: skip
     return values
-
-
-def _doubts(
-    p: Problem, phase: str, clock: str, values: dict, ceilings: Ceilings | None
-) -> dict:  # fmt: skip
-    """Status and reason of a row without a sample, or with a time that cannot be true."""
-    us, nothing = values.get("median_us"), {"samples_us": None, "rounds": None, "median_us": None}
-    if us is None:
-        reason = f"all {values['discarded']} samples were taken in a slowed-down chip"
-        return {"status": "timeout", "reason": f"{reason}: {values['throttled']}"}
-    if ceilings is None or clock == "host":
-        return {}
-    reason = beyond(ceilings, p, phase, values["allowed_pairs"], us)
-    nothing |= {"ci_low_us": None, "ci_high_us": None}
-    return {"status": "mismatch", "reason": reason} | nothing if reason else {}

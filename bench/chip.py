@@ -24,7 +24,12 @@ RECORDED = SLOWDOWN | {pynvml.nvmlClocksEventReasonSwPowerCap: "power cap"}
 
 
 class Reading(NamedTuple):
-    """One look at the chip; None for what it does not tell."""
+    """One look at the chip; None for what it does not tell.
+
+    Attributes:
+        sm_mhz, reasons: of this moment.
+        power_w, celsius: averages that the chip makes, so of the cells before this one too.
+    """
 
     sm_mhz: int | None
     power_w: float | None
@@ -38,7 +43,7 @@ class Reading(NamedTuple):
 
 Reader = Callable[[], Reading | None]
 
-KEPT = 0.01  # seconds that a reading holds: NVML's own figures are no fresher, and cost 1 ms
+HELD = 0.1  # seconds; power and temperature are averages over about as long, and slow to ask
 
 
 def reader(device: torch.device) -> Reader:
@@ -52,20 +57,28 @@ def reader(device: torch.device) -> Reader:
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except pynvml.NVMLError:
         return lambda: None
-    return _kept(lambda: _read(handle))
+    return _Watch(handle).read
 
 
-def _kept(read: Reader) -> Reader:
-    """A reader that asks again only when the last answer is older than KEPT."""
-    last, when = None, -math.inf
+class _Watch:
+    """Clock and reasons anew at every look; power and temperature, which change slowly, held."""
 
-    def again() -> Reading | None:
-        nonlocal last, when
-        if time.perf_counter() - when > KEPT:
-            last, when = read(), time.perf_counter()
-        return last
+    def __init__(self, handle: object) -> None:
+        self.handle, self.asked = handle, -math.inf
+        self.power_w: float | None = None
+        self.celsius: int | None = None
 
-    return again
+    def read(self) -> Reading:
+        reasons = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, self.handle) or 0
+        sm_mhz = _ask(pynvml.nvmlDeviceGetClockInfo, self.handle, pynvml.NVML_CLOCK_SM)
+        if time.perf_counter() - self.asked > HELD:
+            milliwatts = _ask(pynvml.nvmlDeviceGetPowerUsage, self.handle)
+            self.power_w = None if milliwatts is None else milliwatts / 1000
+            sensor = pynvml.NVML_TEMPERATURE_GPU
+            self.celsius = _ask(pynvml.nvmlDeviceGetTemperature, self.handle, sensor)
+            self.asked = time.perf_counter()
+        named = tuple(name for bit, name in RECORDED.items() if reasons & bit)
+        return Reading(sm_mhz, self.power_w, self.celsius, named)
 
 
 def summary(readings: Sequence[Reading]) -> dict:
@@ -82,17 +95,6 @@ def summary(readings: Sequence[Reading]) -> dict:
         "throttled": "; ".join(f"{name} {n}/{len(readings)}" for name, n in reasons.items())
         or None,
     }
-
-
-def _read(handle: object) -> Reading:
-    reasons = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0
-    milliwatts = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)
-    return Reading(
-        _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        None if milliwatts is None else milliwatts / 1000,
-        _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
-        tuple(name for bit, name in RECORDED.items() if reasons & bit),
-    )
 
 
 def _ask(question: Callable, *arguments: object) -> int | None:

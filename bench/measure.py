@@ -45,6 +45,8 @@ GATE_BLOCK = 128
 # It samples rows in at most this many blocks a head: its cost would go with the square of N, and
 # at a million tokens be minutes a method.
 GATE_ROW_BLOCKS = 1024
+# Between two runs of one kernel: additions in another order, rounded to 16 bits.
+GRAPH_TOLERANCE = 0.01
 
 
 class Clockwork:
@@ -98,16 +100,22 @@ def measure_group(
                 alone.append(cell)  # it may fit once the others are gone
             else:
                 rows[cell] = failure_rows(group, machine.env, cell, "oom", one_line(error))
-            _release(device)
+            _empty(device)
     bench.reference = None
     bench.sample(ready, machine.read_chip, announce)
     for prepared in ready:
         rows[prepared.cell] = rows_of(group, machine.env, prepared, machine.ceilings)
+    by_cupti = any("kernels" in key for prepared in ready for key in prepared.samplers)
     del bench, ready
-    _release(device)
+    static_parts.cache_clear()
+    _empty(device)
     for cell in alone:
         single = replace(group, cells=(cell,), shared=False)
-        rows |= measure_group(single, machine, announce, clockwork)
+        if by_cupti:
+            reason = "too large beside the others, and CUPTI was at work: measure it by itself"
+            rows[cell] = failure_rows(group, machine.env, cell, "oom", reason)
+        else:
+            rows |= measure_group(single, machine, announce, clockwork)
     return rows
 
 
@@ -167,7 +175,7 @@ class _Bench:
             prepared.refused |= {x: ("unsupported", one_line(error)) for x in wanted}
             return prepared
         except CELL_ERRORS as error:
-            if out_of_memory(error) or any(text in str(error) for text in LOST_DEVICE):
+            if out_of_memory(error) or lost_device(error):
                 raise
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # a lost device says so here, by this cell
@@ -189,6 +197,7 @@ class _Bench:
         prepared.facts["allowed_pairs"] = method.allowed_pairs(self.p, state)
         if backend.uses_blocks:
             layout = method.layout(q, k, v, self.p, state, self.group.block_size)
+            prepared.kept = layout.block_mask, layout.score_mod
             heads = layout.q.shape[1]  # a kernel may see the rounds of a head as heads
             as_seen = replace(self.p, q_heads=heads, kv_heads=heads)
             prepared.facts["computed_pairs"] = computed_pairs(layout.block_mask, as_seen)
@@ -209,7 +218,8 @@ class _Bench:
             if gradients:
                 own = sum(x.nbytes for x in {*inputs[0]})
                 call = partial(forward_backward, attention, inputs[0])
-                prepared.facts["peak_bytes"] = own + self._peak_bytes(call)
+                lists = prepared.list_bytes()
+                prepared.facts["peak_bytes"] = own + lists + self._peak_bytes(call)
             if "layout" in wanted:
                 build = partial(self._blocks, method, state)
                 prepared.layout_bytes = self._peak_bytes(build)
@@ -254,7 +264,6 @@ class _Bench:
     def _peak_bytes(self, call: timing.Call) -> int:
         """Device memory at the peak of a call, less what was taken before it."""
         torch.cuda.reset_peak_memory_stats(self.device)
-        static_parts.cache_clear()  # block lists are part of what a call needs
         before = torch.cuda.memory_allocated(self.device)
         call()
         torch.cuda.synchronize(self.device)
@@ -270,7 +279,7 @@ class _Bench:
             try:
                 sampler, clock = timing.device_sampler(calls, self.device), "device"
             except RuntimeError as error:
-                if out_of_memory(error):
+                if out_of_memory(error) or lost_device(error):
                     raise
                 sampler, clock = timing.kernels_sampler(calls[0], self.device), "kernels"
             prepared.samplers[phase, clock] = sampler
@@ -295,6 +304,21 @@ class _Bench:
                 )  # fmt: skip
             for (index, *key), taken in series.items():
                 ready[index].series[tuple(key)] = taken
+        if self.device.type == "cuda":
+            for prepared in ready:
+                announce(prepared.cell)
+                with self.clockwork.on("gate"):
+                    _check_graphs(prepared)
+
+
+def _check_graphs(prepared: Prepared) -> None:
+    """The gate judged calls; what was timed are graphs of them, which must give the same."""
+    for (phase, clock), sampler in prepared.samplers.items():
+        if clock == "device" and (error := sampler.error()) > GRAPH_TOLERANCE:
+            reason = f"the captured graph's results are off by {error:.3g} from the call's"
+            prepared.refused[phase] = ("mismatch", reason)
+            for key in [key for key in prepared.series if key[0] == phase]:
+                del prepared.series[key]
 
 
 def one_line(error: BaseException) -> str:
@@ -314,8 +338,12 @@ def out_of_memory(error: BaseException) -> bool:
     return known or "can't allocate memory" in str(error)
 
 
-def _release(device: torch.device) -> None:
+def lost_device(error: BaseException) -> bool:
+    return any(text in str(error) for text in LOST_DEVICE)
+
+
+def _empty(device: torch.device) -> None:
+    """Gives back what nothing refers to."""
     gc.collect()
-    static_parts.cache_clear()
     if device.type == "cuda":
         torch.cuda.empty_cache()

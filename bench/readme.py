@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def _forward(rows: list[Row]) -> str:
         cells = []
         for n in lengths:
             time, base = us[name, n], us["standard", n]
-            gain = "" if name == "standard" else f" ({base / time:.2f}x)"
+            gain = "" if name == "standard" or time is None else f" ({base / time:.2f}x)"
             cells.append("-" if time is None else f"{time / 1000:.1f} ms{gain}")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -129,7 +130,8 @@ def _proofs() -> str:
 def _verdict_proofs() -> Iterator[tuple[str, str, str]]:
     for x in _records("h200/detection"):
         planted, mode = float(x["planted"]), x["mode"]
-        what = f"{planted:.0%} of real extra work" if planted else "a call against its twin"
+        extra = f"{float(x['measured']):.1%} of real extra work"
+        what = extra if planted else "a call against its twin"
         rounds = "in the same rounds" if mode == "paired" else "one run after the other"
         found = ", ".join(f"{x[v]} {v}" for v in ("same", "unclear", "slower", "faster"))
         yield f"verdicts of `compare`: {what}, {rounds}", found, "`make detection`"
@@ -138,9 +140,9 @@ def _verdict_proofs() -> Iterator[tuple[str, str, str]]:
 def _clock_proofs() -> Iterator[tuple[str, str, str]]:
     cells = _records("h200/clocks")
     for column, name in (("cupti", "CUPTI's spans"), ("triton", "`do_bench_cudagraph`")):
-        apart = {abs(float(x[f"device_over_{column}"]) - 1): x for x in cells}
-        middle, most = sorted(apart)[len(apart) // 2], max(apart)
-        x = apart[most]
+        apart = [abs(float(x[f"device_over_{column}"]) - 1) for x in cells]
+        middle, most = statistics.median(apart), max(apart)
+        x = cells[apart.index(most)]
         yield (
             f"device clock against {name}, {len(cells)} cells",
             (

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from bench import chip, stats, timing
 
-LEAST_ROUNDS = 5  # are taken however long they last
+LEAST_ROUNDS = stats.FEW  # are taken however long they last: fewer make no 99 % interval
 PRECISION = 0.01  # width of a median's 99 % interval that is narrow enough, over the median
 # Looked at every round, an interval would be caught while it is narrow by chance: at rounds that
 # grow by this factor it holds the truth 97 times of 100 in simulation, as it does unstopped.

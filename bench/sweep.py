@@ -64,7 +64,7 @@ class Sweep:
     rounds: int = 30
     """Interleaved rounds of samples; more, until every median of a problem is known to 1 %."""
     seconds: float = 10.0
-    """Sampling of a problem ends after this time all the same, though not before five rounds."""
+    """Sampling of a problem ends after this time all the same, though not before eight rounds."""
     time_limit: float = 300.0
     """Seconds without progress after which a cell is given up."""
     seed: int = 0

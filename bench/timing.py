@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]
@@ -103,15 +104,17 @@ def use_side_stream(device: torch.device) -> None:
 
 
 class Replay:
-    """Microseconds a call, by replay of a graph of `count` calls that goes round those given."""
+    """Microseconds a call, by replay of a graph of `count` calls that goes round those given.
+
+    The graph knows addresses only: whoever made the calls keeps the tensors behind them alive.
+    """
 
     def __init__(self, calls: Sequence[Call], count: int, device: torch.device) -> None:
-        # The graph knows addresses only: the tensors behind them live as long as it.
         self.calls, self.count, self.device = calls, count, device
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(device)):
             for index in range(count):
-                calls[index % len(calls)]()
+                self.result = calls[index % len(calls)]()
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self) -> float:
@@ -121,6 +124,26 @@ class Replay:
         self.end.record()
         self.end.synchronize()
         return self.start.elapsed_time(self.end) * 1000 / self.count
+
+    def error(self) -> float:
+        """How far the last call's results are from those of the same call outside the graph."""
+        self.graph.replay()
+        expected = self.calls[(self.count - 1) % len(self.calls)]()
+        torch.cuda.synchronize(self.device)
+        return relative_error(self.result, expected)
+
+
+def relative_error(results: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
+    """The largest Frobenius error of a tensor over its norm; inf where other values are finite."""
+    worst = 0.0
+    for x, y in zip(results, expected, strict=True):
+        if x is None:
+            continue
+        if not torch.equal(x.isfinite(), y.isfinite()):
+            return math.inf
+        x, y = (t.float().nan_to_num(posinf=0, neginf=0) for t in (x, y))
+        worst = max(worst, float((x - y).norm() / y.norm().clamp(min=1e-30)))
+    return worst
 
 
 def _elapsed_us(call: Call) -> float:

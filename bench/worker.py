@@ -48,8 +48,9 @@ class CellFailed(RuntimeError):
 class Worker:
     """The process that owns the device; started again after a death."""
 
-    def __init__(self, device: str, time_limit: float) -> None:
-        self.device, self.time_limit = device, time_limit
+    def __init__(self, device: str, time_limit: float, ceilings: bool = True) -> None:
+        self.device, self.time_limit, self._ceilings = device, time_limit, ceilings
+        self._spent = False
         self.environment = self._start()
 
     def __enter__(self) -> Worker:
@@ -69,11 +70,15 @@ class Worker:
         """Rows of every cell of a group, those of cells that took the process down among them."""
         failed: dict[Cell, list[Row]] = {}
         tried_again = False
+        if self._spent:  # CUPTI was at work there, and launches would take longer
+            self.stop()
+            self._start()
+            self._spent = False
         while len(failed) < len(group.cells):
             cells = tuple(cell for cell in group.cells if cell not in failed)
             try:
                 rows = failed | self._measure_once(replace(group, cells=cells), clockwork)
-                self._leave_cupti(rows)
+                self._spent = any(x.clock == "kernels" for found in rows.values() for x in found)
                 return rows
             except CellFailed as death:
                 self._process.kill()
@@ -88,12 +93,6 @@ class Worker:
                         group, self.environment, cell, death.status, death.reason
                     )
         return failed
-
-    def _leave_cupti(self, rows: dict[Cell, list[Row]]) -> None:
-        """Goes on in a new process where CUPTI was at work: its launches would take longer."""
-        if any(row.clock == "kernels" for found in rows.values() for row in found):
-            self.stop()
-            self._start()
 
     def stop(self) -> None:
         """Ends the process: it leaves when nobody is at the other end, or is made to."""
@@ -110,7 +109,9 @@ class Worker:
         """
         for _ in range(START_TRIES):
             self._connection, theirs = SPAWN.Pipe()
-            self._process = SPAWN.Process(target=_serve, args=(theirs, self.device), daemon=True)
+            self._process = SPAWN.Process(
+                target=_serve, args=(theirs, self.device, self._ceilings), daemon=True
+            )
             with interrupts_held():
                 self._process.start()
             theirs.close()
@@ -182,11 +183,12 @@ def set_up() -> None:
     torch._functorch.config.donated_buffer = False  # a backward is run again on one graph
 
 
-def _serve(connection: Connection, device: str) -> None:
+def _serve(connection: Connection, device: str, ceilings: bool) -> None:
     set_up()
     on = torch.device(device)
     timing.use_side_stream(on)
-    machine = Machine(environment(on), measure_ceilings(on), chip.reader(on))
+    highest = measure_ceilings(on) if ceilings else None
+    machine = Machine(environment(on), highest, chip.reader(on))
     connection.send(("ready", machine.env))
     while True:
         try:

@@ -62,16 +62,17 @@ def work(device: torch.device, size: int) -> Work:
 
 
 def plant(device: torch.device, call: Work, share: float) -> timing.Sampler:
-    """A sampler of the call with so much more work, found by bisection of measured times."""
+    """A sampler of the call with at most so much more work, by bisection of measured times."""
     plain, low, high = samplers(device, call, None), 1 << 8, 1 << 26
+    slow = samplers(device, call, work(device, low))
     for _ in range(14):
         size = int((low * high) ** 0.5)
-        slow = samplers(device, call, work(device, size))
-        pairs = [(slow(), plain()) for _ in range(ROUNDS)]
+        tried = samplers(device, call, work(device, size))
+        pairs = [(tried(), plain()) for _ in range(ROUNDS)]
         if statistics.median(a / b for a, b in pairs) > 1 + share:
             high = size
         else:
-            low = size
+            low, slow = size, tried
     return slow
 
 

@@ -32,25 +32,27 @@ def test_times_above_the_arithmetic_ceiling(phase, us, word):
 
 
 def test_times_above_the_bandwidth_ceiling():
-    """A window of one key has next to no arithmetic, but its rows must be read."""
-    diagonal = P.q_heads * P.seq_len
-    read_us = 3 * diagonal * P.head_dim * 2 / 4300e3
-    assert beyond(H200, P, "fwd", diagonal, 1.05 * read_us) is None
-    assert "GB/s" in beyond(H200, P, "fwd", diagonal, 0.95 * read_us)
-    half = diagonal // 2
-    assert beyond(H200, P, "fwd", half, 0.95 * read_us) is None
+    """A short sequence has little arithmetic, but at least half of its rows must be read."""
+    p = Problem(seq_len=128)
+    pairs = METHODS["standard"].allowed_pairs(p)
+    read_us = (129 / 256) * 3 * p.q_heads * 128 * p.head_dim * 2 / (1.25 * 4300e3)
+    assert beyond(H200, p, "fwd", pairs, 1.05 * read_us) is None
+    assert "GB/s" in beyond(H200, p, "fwd", pairs, 0.95 * read_us)
+    assert beyond(H200, p, "fwd", pairs // 2, 0.95 * read_us) is None
+
+
+GROUP = Group(
+    problem=P, block_size=(128, 128), cells=(), phases=("fwd",), device="cuda:0", seed=0,
+    rounds=1, seconds=1.0, run="test",
+)  # fmt: skip
 
 
 def row_of(us, ceilings, clock="device"):
-    group = Group(
-        problem=P, block_size=(128, 128), cells=(), phases=("fwd",), device="cuda:0", seed=0,
-        rounds=1, seconds=1.0, run="test",
-    )  # fmt: skip
     prepared = Prepared(Cell("standard", "flex"), METHODS["standard"])
     prepared.facts["allowed_pairs"] = PAIRS
     samples = [] if us is None else [(0, us)]
     prepared.series["fwd", clock] = Series(samples, [Reading(1980, 600.0, 50, ())], discarded=2)
-    rows = rows_of(group, environment(torch.device("cpu")), prepared, ceilings)
+    rows = rows_of(GROUP, environment(torch.device("cpu")), prepared, ceilings)
     return next(row for row in rows if row.clock == clock)
 
 
@@ -63,10 +65,19 @@ def test_a_row_above_a_ceiling_has_no_number():
     assert row_of(40.0, None).status == row_of(40.0, H200, clock="host").status == "ok"
 
 
+def test_the_other_clock_of_an_impossible_cell_has_none_either():
+    prepared = Prepared(Cell("standard", "flex"), METHODS["standard"])
+    prepared.facts["allowed_pairs"] = PAIRS
+    for clock, us in (("device", 40.0), ("host", 500.0)):
+        prepared.series["fwd", clock] = Series([(0, us)])
+    rows = rows_of(GROUP, environment(torch.device("cpu")), prepared, H200)
+    assert {(row.status, row.median_us) for row in rows} == {("mismatch", None)}
+
+
 def test_a_row_of_a_chip_that_was_always_slowed_down_has_no_number():
     row = row_of(None, H200)
     assert (row.status, row.median_us, row.discarded) == ("timeout", None, 2)
-    assert "slowed-down" in row.reason
+    assert "slowed down" in row.reason
 
 
 GENERATED = """

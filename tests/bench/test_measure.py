@@ -2,16 +2,18 @@
 
 from dataclasses import replace
 from functools import partial
+from math import inf
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import measure
+from bench import measure, timing
 from bench.backends import BACKENDS
-from bench.cells import Cell, Group, Prepared
+from bench.cells import Cell, Group, Prepared, rows_of
 from bench.measure import Clockwork, Machine, measure_group
 from bench.record import PHASES, environment
+from bench.sampling import Series
 from methods import METHODS, Problem
 
 GROUP = Group(
@@ -76,10 +78,36 @@ def test_what_needs_cupti_is_sampled_when_all_else_is_done():
     for prepared in ready:
         for clock in ("kernels", "host"):
             prepared.samplers["fwd", clock] = lambda clock=clock: order.append(clock) or 1.0
-    bench = SimpleNamespace(group=GROUP, clockwork=Clockwork())
+    bench = SimpleNamespace(group=GROUP, clockwork=Clockwork(), device=torch.device("cpu"))
     measure._Bench.sample(bench, ready, lambda: None, lambda cell: None)
     assert order == ["host"] * 6 + ["kernels"] * 6
     assert all(len(x.series["fwd", "kernels"].samples) == 3 for x in ready)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(0.001, "ok"), (0.5, "mismatch"), (inf, "mismatch")]
+)
+def test_a_graph_that_gives_other_results_has_no_number(error, status):
+    prepared = Prepared(GROUP.cells[0], METHODS["standard"])
+    prepared.facts["allowed_pairs"] = 1
+    prepared.samplers["fwd", "device"] = SimpleNamespace(error=lambda: error)
+    for clock in ("device", "host"):
+        prepared.series["fwd", clock] = Series([(0, 10.0)])
+    measure._check_graphs(prepared)
+    group = replace(GROUP, phases=("fwd",), device="cuda:0")
+    rows = rows_of(group, ENVIRONMENT, prepared, None)
+    assert {row.clock for row in rows} == {"device", "host"}
+    assert {(row.status, row.median_us is None) for row in rows} == {(status, status != "ok")}
+
+
+def test_error_between_results():
+    x = torch.randn(3, 4)
+    hidden = x.clone()
+    hidden[0, 0] = -torch.inf
+    assert timing.relative_error((x, None), (x, None)) == 0
+    assert timing.relative_error((1.1 * x,), (x,)) == pytest.approx(0.1)
+    assert timing.relative_error((hidden,), (hidden,)) == 0
+    assert timing.relative_error((hidden,), (x,)) == inf
 
 
 def spoil(monkeypatch, change):
@@ -98,12 +126,12 @@ def spoil(monkeypatch, change):
     monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=build))
 
 
-def rows_of(out):
+def positions(out):
     return torch.arange(out.shape[2])[:, None]
 
 
 def test_a_wrong_backend_gets_no_number(monkeypatch):
-    spoil(monkeypatch, lambda out: torch.where(rows_of(out) == 64, 1.05 * out, out))
+    spoil(monkeypatch, lambda out: torch.where(positions(out) == 64, 1.05 * out, out))
     rows = run()
     for row in rows[Cell("spattention", "blockwise")]:
         assert (row.status, row.median_us, row.samples) == ("mismatch", None, [])
@@ -122,7 +150,7 @@ def test_the_kernel_without_gradients_is_gated_too(monkeypatch):
 
 def test_blocks_larger_than_the_gates_hide_no_fault(monkeypatch):
     """One row in 64 is seen although the kernel's blocks hold 1024 rows."""
-    spoil(monkeypatch, lambda out: torch.where(rows_of(out) % 64 == 17, 1.5 * out, out))
+    spoil(monkeypatch, lambda out: torch.where(positions(out) % 64 == 17, 1.5 * out, out))
     p = Problem(seq_len=1024, q_heads=8, head_dim=16, dtype="float32")
     group = replace(GROUP, problem=p, block_size=(1024, 128), cells=GROUP.cells[:1])
     (row,) = run(replace(group, phases=("fwd",)))[GROUP.cells[0]]
@@ -206,7 +234,7 @@ def test_memory_is_poisoned_before_the_gate(monkeypatch):
     """An output that nobody writes must not pass because memory happened to hold it."""
 
     def unwritten(out):
-        return torch.where(rows_of(out) == out.shape[2] - 1, torch.empty_like(out), out)
+        return torch.where(positions(out) == out.shape[2] - 1, torch.empty_like(out), out)
 
     spoil(monkeypatch, unwritten)
     (row,) = run(replace(GROUP, cells=GROUP.cells[:1], phases=("fwd",)))[GROUP.cells[0]]

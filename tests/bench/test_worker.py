@@ -173,12 +173,15 @@ def test_compiling_ahead_survives_a_death(group):
     assert len(done) == 2
 
 
-def test_a_process_that_used_cupti_measures_nothing_more():
-    cell = Cell("standard", "blockwise")
+def test_a_process_that_used_cupti_measures_nothing_more(monkeypatch, group):
+    clocks = iter(["host", "kernels", "host", "host"])
+    cell = group.cells[1]
     with Worker("cpu", time_limit=60.0) as worker:
-        first = worker._process.pid
-        worker._leave_cupti({cell: [make_row(clock="host"), make_row(clock="device")]})
-        assert worker._process.pid == first
-        worker._leave_cupti({cell: [make_row(clock="kernels")]})
-        assert worker._process.pid != first
-        assert worker._process.is_alive()
+        monkeypatch.setattr(
+            Worker, "_measure_once", lambda *job: {cell: [make_row(clock=next(clocks))]}
+        )
+        processes = []
+        for _ in range(4):
+            worker.measure(replace(group, cells=(cell,)), Clockwork())
+            processes.append(worker._process.pid)
+    assert processes[0] == processes[1] != processes[2] == processes[3]

@@ -51,7 +51,7 @@ def statuses(work):
 
 def measured(waiting):
     found = []
-    with Worker("cuda:0", 300.0) as worker, contextlib.suppress(queue.Empty):
+    with Worker("cuda:0", 300.0, ceilings=False) as worker, contextlib.suppress(queue.Empty):
         while True:
             group, cell = waiting.get_nowait()
             rows = worker.measure(group, Clockwork())[cell]
