@@ -178,14 +178,14 @@ def build_reference(
 
 def judge(
     reference: Reference, out: Tensor, lse: Tensor | None = None,
-    grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    grads: tuple[Tensor | None, Tensor, Tensor] | None = None,
 ) -> Verdict:  # fmt: skip
     """Compares what a backend returned with the reference.
 
     Args:
         out: [B, Hq, N, D], token order.
         lse: natural log-sum-exp [B, Hq, N], -inf in rows without a key; or None.
-        grads: (dq, dk, dv) for the reference's cotangent; or None.
+        grads: (dq or None, dk, dv) for the reference's cotangent; or None.
 
     Raises:
         ValueError: a tensor does not have the problem's shape.
@@ -194,7 +194,7 @@ def judge(
     if lse is not None:
         given["lse"] = lse[..., None]
     if grads is not None:
-        given |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        given |= {n: x for n, x in zip(NAMES[2:], grads, strict=True) if x is not None}
     findings = {name: _find(reference, name, x.detach()) for name, x in given.items()}
     worst = max(findings.values(), key=lambda finding: finding.share)
     errors = {f"error_{name}": finding.error for name, finding in findings.items()}
