@@ -1,4 +1,4 @@
-"""Ways to run a Problem, by name: the executors of methods/ and their dense peers."""
+"""Ways to run a Problem, by name: the executors of methods/, dense kernels, other libraries."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import peers
 from bench.timing import Call
 from methods import Method, Problem
 from methods.attend import NO_LSE, plan
@@ -35,6 +36,7 @@ class Backend:
         missing: device -> why this machine cannot run it, or None.
         refuses: (method, problem, device, phase) -> why not this cell, or None.
         only: the methods that it can compute; None for all.
+        ties: whether it takes q for k where a method shares them; the gradient is one for both.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Backend:
     missing: Callable[[torch.device], str | None] = lambda device: None
     refuses: Callable[[Method, Problem, torch.device, str], str | None] = lambda *cell: None
     only: tuple[str, ...] | None = None
+    ties: bool = False
 
     def computes(self, method: Method) -> bool:
         return self.only is None or method.name in self.only
@@ -200,6 +203,21 @@ BACKENDS: dict[str, Backend] = {
         _sdpa(
             "sdpa-efficient", "PyTorch's SDPA, memory-efficient kernel",
             SDPBackend.EFFICIENT_ATTENTION, _cuda_only,
+        ),
+        Backend(
+            "hf", "transformers' own modules, without their projections", peers.hf_build,
+            missing=lambda device: peers.not_installed("transformers"), refuses=peers.hf_refuses,
+            only=("longformer", "bigbird", "reformer"), ties=True,
+        ),
+        Backend(
+            "reformer-pytorch", "LSHAttention of reformer-pytorch", peers.reformer_pytorch_build,
+            missing=lambda device: peers.not_installed("reformer_pytorch"),
+            refuses=peers.reformer_pytorch_refuses, only=("reformer",), ties=True,
+        ),
+        Backend(
+            "xformers", "memory_efficient_attention of xformers, causal or in one window",
+            peers.xformers_build, missing=peers.xformers_missing, refuses=peers.xformers_refuses,
+            only=("standard", "sliding_window", "longformer"),
         ),
     )
 }  # fmt: skip

@@ -30,6 +30,7 @@ from bench.cells import Cell, Group, Prepared, failure_rows, rows_of
 from bench.record import Environment, Row
 from bench.sampling import sample_rounds
 from bench.specs import AUTHOR_ERRORS, parse_method
+from bench.tied import tied
 from methods import Method
 from methods.blocks import computed_pairs
 from methods.method import static_parts
@@ -209,7 +210,7 @@ class _Bench:
         with self.clockwork.on("compile"):
             first_calls(attention, inputs[0], wanted)
         with self.clockwork.on("gate"):
-            verdict = self._gate(method, state, attention, wanted)
+            verdict = self._gate(prepared, attention, wanted)
         errors = ("error_out", "error_dq", "error_dk", "error_dv", "error_budget")
         prepared.facts |= {name: getattr(verdict, name) for name in errors}
         if not verdict.passed:
@@ -235,18 +236,21 @@ class _Bench:
         return method.blocks(self.p, self.device, self.group.block_size, state)
 
     def _gate(
-        self, method: Method, state: Any, attention: Attention, wanted: Sequence[str]
+        self, prepared: Prepared, attention: Attention, wanted: Sequence[str]
     ) -> oracle.Verdict:
         """Judges every function that will be timed: without gradients is another kernel."""
+        method, state = prepared.method, prepared.state
         q, k, v, _ = self._inputs(method)[0]
-        if k is q:  # leaves of their own, so that their gradients are judged apart
+        one = k is q and BACKENDS[prepared.cell.backend].ties
+        if k is q and not one:  # leaves of their own, so that their gradients are judged apart
             k = q.detach().requires_grad_()
         if self.reference is None or self.reference[0] != method:
             self.reference = method, oracle.build_reference(
                 method, self.p, q.detach(), k.detach(), v.detach(), self.rows, self.cotangent,
                 state=state, block_size=self.gate_blocks,
             )  # fmt: skip
-        reference, verdicts = self.reference[1], []
+        reference = tied(self.reference[1]) if one else self.reference[1]
+        verdicts = []
         gradients = any(phase in BACKWARD_PHASES for phase in wanted)
         if "fwd" in wanted or not gradients:
             _poison(self.device, 4 * q.numel() * q.element_size())
@@ -255,7 +259,8 @@ class _Bench:
         if gradients:
             _poison(self.device, 4 * q.numel() * q.element_size())
             out, lse = attention(q, k, v)
-            grads = torch.autograd.grad(out, (q, k, v), self.cotangent)
+            dq, dk, dv = torch.autograd.grad(out, (q, k, v), self.cotangent)
+            grads = (None if one else dq, dk, dv)
             verdicts.append(oracle.judge(reference, out.detach(), lse, grads))
         worst = max(verdict.error_budget for verdict in verdicts)
         judged = next((x for x in verdicts if not x.passed), verdicts[-1])
