@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,16 +12,20 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from methods.blockwise import blockwise
+from methods.compiled import compiled_copy
+from methods.flash_kernels import flash_4_missing, flash_refusal
 from methods.longformer import Longformer, attend_globals
 from methods.method import DTYPES, Layout, Method, Problem, ScoreMod
 from methods.presets import resolve
+from methods.varlen import Windows
 
 Executor = Callable[[Layout], tuple[Tensor, Tensor | None]]
 
-EXECUTORS = ("flex", "eager", "blockwise")
+EXECUTORS = ("flex", "flash", "eager", "blockwise")
+# What attend's argument takes besides "auto"; varlen has no layout to execute.
+BACKENDS = (*EXECUTORS, "varlen")
 NO_LSE = "FlexAttention's CPU kernel gives no log-sum-exp"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_serial = itertools.count()
 
 
 def attend(
@@ -45,10 +47,12 @@ def attend(
             q itself.
         method: a name in METHODS or a Method.
         causal: whether query i sees only keys j <= i.
-        backend: "flex" (compiled FlexAttention), "eager" (FlexAttention uncompiled, N x N scores),
-            "blockwise" (plain PyTorch, any device, float64, both passes) or "auto": flex, but
-            blockwise for float64, and on a CPU where a gradient is asked for or the method needs
-            the log-sum-exp.
+        backend: "flex" (compiled FlexAttention), "flash" (the same by flash-attn-4's kernels),
+            "varlen" (flash-attention over shifted keys: causal banded methods of at most two
+            windows a head, the fastest where it applies), "eager" (FlexAttention uncompiled,
+            N x N scores), "blockwise" (plain PyTorch, any device, float64, both passes) or
+            "auto": flex, but blockwise for float64, and on a CPU where a gradient is asked for
+            or the method needs the log-sum-exp.
         global_tokens: Longformer's global tokens of each sample, bool [B, N], in place of its
             prefix.
         global_qkv: Longformer's separate projections, shaped as q, k, v, for rows of global
@@ -71,6 +75,8 @@ def attend(
         global_qkv = None if global_qkv is None else tuple(own)
     own_globals = global_tokens is not None or global_qkv is not None
     if own_globals:
+        if backend == "varlen":
+            raise ValueError("backend 'varlen' takes no global_tokens and no global_qkv")
         method = _with_globals(method, given=global_tokens is not None)
     run = _cached_plan(method, q.shape, k.shape, v.shape, q.dtype, q.device, causal, backend)
     if not own_globals:
@@ -97,6 +103,8 @@ def _backend_for(method: Method, given: tuple[Tensor, ...], backend: str) -> str
     if backend == "auto":
         flex = q.dtype != torch.float64 and (q.is_cuda or not (wants_grad or method.needs_lse))
         return "flex" if flex else "blockwise"
+    if backend == "flash" and (missing := flash_4_missing(q.device)):
+        raise ValueError(f"backend 'flash' on {q.device}: {missing}")
     if backend in ("flex", "eager") and wants_grad and not q.is_cuda:
         raise ValueError(f"backend {backend!r} has no backward on a CPU; blockwise has")
     if backend == "flex" and method.needs_lse and not q.is_cuda:
@@ -106,7 +114,7 @@ def _backend_for(method: Method, given: tuple[Tensor, ...], backend: str) -> str
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A function (q, k, v) -> (out, lse) for one problem, compiled on its first call.
+    """A function (q, k, v) -> (out, lse) for one problem, by way of the method's layout.
 
     lse is in token order, or None where the executor does not give it. A state that is given
     stands in for what the method prepares.
@@ -131,15 +139,21 @@ def plan(
     p: Problem,
     backend: str,
     block_size: tuple[int, int] = (128, 128),
-) -> Plan:
-    """The plan of a method on a backend of EXECUTORS.
+) -> Plan | Windows:
+    """A function (q, k, v, state) -> (out, lse) of a method on one of BACKENDS.
+
+    What it compiles, it compiles on its first call.
 
     Raises:
-        ValueError: the backend is unknown, or the method's parameters do not fit the problem.
+        ValueError: the backend is unknown or does not take the method or the dtype, or the
+            method's parameters do not fit the problem.
+        NotImplementedError: the backend does not take the block size.
     """
-    if backend not in EXECUTORS:
-        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(EXECUTORS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
     method.validate(p)
+    if backend == "varlen":
+        return Windows(method, p)
     return Plan(method, p, block_size, executor(backend, p, block_size))
 
 
@@ -148,8 +162,24 @@ def executor(backend: str, p: Problem, block_size: tuple[int, int] = (128, 128))
     if backend == "blockwise":
         return lambda x: blockwise(x.q, x.k, x.v, x.block_mask, x.score_mod)
     call = _flex if backend == "eager" else compiled_copy(_flex)
-    grouped, options = p.group > 1, _tiles(block_size)
+    options = _flash_options(p, block_size) if backend == "flash" else _tiles(block_size)
+    grouped = p.group > 1
     return lambda x: call(x.q, x.k, x.v, x.block_mask, x.score_mod, grouped, x.needs_lse, options)
+
+
+def _flash_options(p: Problem, block_size: tuple[int, int]) -> dict[str, str]:
+    """What has FlexAttention call flash-attn-4 instead of a Triton kernel.
+
+    It ignores the block lists beside a mask_mod that is a constant. No method has one: even that
+    of dense attention compares positions.
+    """
+    if reason := flash_refusal(p):
+        raise ValueError(f"backend 'flash': {reason}")
+    if block_size[0] % 64 or block_size[1] != 128:
+        raise NotImplementedError(
+            f"backend 'flash' takes blocks of 128 keys and a multiple of 64 rows, not {block_size}"
+        )
+    return {"BACKEND": "FLASH"}
 
 
 def _tiles(block_size: tuple[int, int]) -> dict[str, int] | None:
@@ -169,24 +199,13 @@ def _tiles(block_size: tuple[int, int]) -> dict[str, int] | None:
     }  # fmt: skip
 
 
-def compiled_copy(function: types.FunctionType) -> Callable:
-    """Compiles a function for static shapes, under a code object of its own.
-
-    torch.compile keeps its compiled variants by code object: two wrappers of one function share
-    them, and the ninth shape would run uncompiled. Reaching that limit raises, by fullgraph.
-    """
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
-    copy = types.FunctionType(code, function.__globals__, code.co_name)
-    return torch.compile(copy, fullgraph=True, dynamic=False)
-
-
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, score_mod: ScoreMod | None,
-    grouped: bool, needs_lse: bool, tiles: dict[str, int] | None,
+    grouped: bool, needs_lse: bool, options: dict[str, int | str] | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     answer = flex_attention(
         q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped,
-        kernel_options=tiles if q.is_cuda else None,
+        kernel_options=options if q.is_cuda else None,
         return_aux=AuxRequest(lse=True) if needs_lse else None,
     )  # fmt: skip
     return (answer[0], answer[1].lse) if needs_lse else (answer, None)
@@ -202,7 +221,7 @@ def _cached_plan(
     device: torch.device,
     causal: bool,
     backend: str,
-) -> Plan:
+) -> Plan | Windows:
     if len(q) != 4 or k != v or len(k) != 4 or (q[0], q[2], q[3]) != (k[0], k[2], k[3]):
         raise ValueError(
             "attend needs q [B, Hq, N, D] and k, v [B, Hkv, N, D]; "
