@@ -11,12 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 
 from bench import kernels
-from bench.backends import BACKENDS, Attention, first_calls, phase_call
+from bench.backends import BACKENDS, BACKWARD_PHASES, first_calls, phase_call
 from bench.cells import Cell, Group
+from bench.measure import CELL_ERRORS
 from bench.specs import parse_method
 from bench.worker import SPAWN, START_LIMIT, interrupts_held, set_up
 from methods import Problem
@@ -34,6 +34,8 @@ class Known:
     compile_s: float | None
     ran: dict[str, kernels.Ran | None]
 
+
+_FORWARD = ("fwd",)
 
 Ahead = dict[tuple[Problem, tuple[int, int], Cell], Known]
 
@@ -69,12 +71,12 @@ def compile_ahead(
 
 
 def compile_jobs(groups: Sequence[Group]) -> Iterator[tuple[Group, Cell]]:
-    """The cells whose first call compiles; on a GPU also those that run one library kernel."""
+    """The cells whose first call compiles; on a GPU also those whose kernels are named."""
     for group in groups:
         for cell in group.cells:
             backend = BACKENDS[cell.backend]
-            library = group.device != "cpu" and backend.only is not None
-            if (backend.compiles or library) and _wanted(group, cell):
+            named = backend.few_kernels and group.device != "cpu"
+            if (backend.compiles or named) and _wanted(group, cell):
                 yield group, cell
 
 
@@ -112,24 +114,21 @@ def _first(group: Group, cell: Cell) -> Known:
         torch.randn(shape, device=device, dtype=p.torch_dtype, requires_grad=True)
         for shape in shapes
     )
+    backend = BACKENDS[cell.backend]
+    attention = backend.build(parse_method(cell.method), p, device, group.block_size)
     inputs, phases = (q, k, v, torch.randn_like(q)), _wanted(group, cell)
-    attention = BACKENDS[cell.backend].build(
-        parse_method(cell.method), p, device, group.block_size
-    )
     counters.clear()
-    before, start = kernels.generated(), time.perf_counter()
-    first_calls(attention, inputs, phases)
+    start, modules = time.perf_counter(), [kernels.generated()]
+    for kind in (_FORWARD, BACKWARD_PHASES):
+        first_calls(attention, inputs, [phase for phase in phases if phase in kind])
+        modules.append(kernels.generated())
     seconds = time.perf_counter() - start
     cold = counters["inductor"]["fxgraph_cache_miss"] > 0
-    ran = _kernels_of(attention, inputs, phases, before) if device.type == "cuda" else {}
+    ran: dict[str, kernels.Ran | None] = {}
+    if backend.few_kernels and device.type == "cuda":
+        with suppress(*CELL_ERRORS):  # names are missed, seconds are not
+            for phase in phases:
+                forward = phase in _FORWARD
+                sources = slice(*modules[:2]) if forward else slice(*modules[1:])
+                ran[phase] = kernels.ran(phase_call(attention, phase, inputs), device, sources)
     return Known(seconds if cold else None, ran)
-
-
-def _kernels_of(
-    attention: Attention, inputs: tuple[Tensor, ...], phases: Sequence[str], before: int
-) -> dict[str, kernels.Ran | None]:
-    device = inputs[0].device
-    return {
-        phase: kernels.ran(phase_call(attention, phase, inputs), device, before)
-        for phase in phases
-    }

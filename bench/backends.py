@@ -16,8 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import peers
 from bench.timing import Call
-from methods import Method, Problem
+from methods import Banded, Method, Problem
 from methods.attend import NO_LSE, plan
+from methods.banded import merged_bands
+from methods.flash_kernels import flash_4_missing, flash_refusal, kernel_for
+from methods.varlen import refusal as varlen_refusal
 
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -32,11 +35,14 @@ class Backend:
         about: one line for `list`.
         uses_blocks: whether it visits the blocks of a BlockMask (and has a layout to build).
         compiles: whether its first call compiles, so that it is worth doing ahead.
+        few_kernels: whether the names of a call's kernels say what it ran.
         build: (method, problem, device, block_size) -> (q, k, v) -> (out, lse or None).
         missing: device -> why this machine cannot run it, or None.
         refuses: (method, problem, device, phase) -> why not this cell, or None.
-        only: the methods that it can compute; None for all.
         ties: whether it takes q for k where a method shares them; the gradient is one for both.
+        computes: whether it can compute a method at all, whatever the problem.
+        says_no: what its kernels raise, besides what compilers do, where they do not take a
+            problem.
     """
 
     name: str
@@ -44,13 +50,12 @@ class Backend:
     build: Callable[[Method, Problem, torch.device, tuple[int, int]], Attention]
     uses_blocks: bool = False
     compiles: bool = False
+    few_kernels: bool = False
     missing: Callable[[torch.device], str | None] = lambda device: None
     refuses: Callable[[Method, Problem, torch.device, str], str | None] = lambda *cell: None
-    only: tuple[str, ...] | None = None
     ties: bool = False
-
-    def computes(self, method: Method) -> bool:
-        return self.only is None or method.name in self.only
+    computes: Callable[[Method], bool] = lambda method: True
+    says_no: tuple[type[Exception], ...] = ()
 
     def refusal(self, method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
         """Why this machine, method, problem and phase cannot be measured, or None."""
@@ -172,9 +177,65 @@ def _sdpa_refuses(
 def _sdpa(name: str, about: str, kernel: SDPBackend, missing: Callable) -> Backend:
     return Backend(
         name, about, partial(_build_sdpa, kernel), missing=missing,
-        refuses=partial(_sdpa_refuses, kernel), only=("standard",),
+        refuses=partial(_sdpa_refuses, kernel), computes=_among("standard"), few_kernels=True,
     )  # fmt: skip
 
+
+def _among(*names: str) -> Callable[[Method], bool]:
+    return lambda method: method.name in names
+
+
+def _flash_refuses(method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
+    return flash_refusal(p)
+
+
+def _varlen_missing(device: torch.device) -> str | None:
+    try:
+        kernel_for(device)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _varlen_refuses(method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
+    return varlen_refusal(method, p) or kernel_for(device).refusal(p)
+
+
+def _fa4_refuses(method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
+    if _window(method, p) is None:
+        return f"flash-attn-4 has one window for all heads; those of {method.name} differ"
+    return flash_refusal(p)
+
+
+def _window(method: Banded, p: Problem) -> int | None:
+    """Keys seen up to and with a query's own, the same in every head; None where they differ."""
+    bands = merged_bands(method, p).unique(dim=0).tolist()
+    alike = len(bands) == 1 and len(bands[0]) == 1 and method.prefix(p) == 0
+    return bands[0][0][1] + 1 if alike and bands[0][0][0] == 0 else None
+
+
+def _build_fa4(
+    method: Banded, p: Problem, device: torch.device, block_size: tuple[int, int]
+) -> Attention:
+    from flash_attn.cute import flash_attn_func
+
+    reach = _window(method, p) - 1
+    left = None if reach + 1 >= p.seq_len else reach
+    right = 0 if p.causal else left
+    window = (None, None) if left is None else (left, right)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        # Its layout is [B, N, H, D]; it takes any strides, so that nothing is copied.
+        out, _ = flash_attn_func(
+            *(x.transpose(1, 2) for x in (q, k, v)), causal=p.causal, window_size=window
+        )
+        return out.transpose(1, 2), None
+
+    return run
+
+
+# How flash-attn-4 refuses a problem, before it has launched a kernel.
+FLASH_4_SAYS_NO = (AssertionError, NotImplementedError, ValueError)
 
 # In the order of every table and figure.
 BACKENDS: dict[str, Backend] = {
@@ -182,8 +243,19 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend(
             "flex", "compiled FlexAttention over block lists (CPU: forward only)",
-            _planned("flex"), uses_blocks=True, compiles=True, missing=_no_compiler,
+            _planned("flex"), uses_blocks=True, compiles=True, few_kernels=True, missing=_no_compiler,
             refuses=_flex_refuses,
+        ),
+        Backend(
+            "flash", "compiled FlexAttention over block lists, by flash-attn-4's kernels",
+            _planned("flash"), uses_blocks=True, compiles=True, few_kernels=True, missing=flash_4_missing,
+            refuses=_flash_refuses, says_no=FLASH_4_SAYS_NO,
+        ),
+        Backend(
+            "varlen", "flash-attention over shifted keys, all heads in one call; banded, causal",
+            _planned("varlen"), missing=_varlen_missing, refuses=_varlen_refuses,
+            computes=lambda method: isinstance(method, Banded), few_kernels=True,
+            says_no=FLASH_4_SAYS_NO,
         ),
         Backend(
             "eager", "FlexAttention without torch.compile, as the released code calls it: N x N",
@@ -192,6 +264,12 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "blockwise", "plain PyTorch over the listed blocks; any device, float64, both passes",
             _planned("blockwise"), uses_blocks=True,
+        ),
+        Backend(
+            "fa4", "flash-attn-4 called directly: dense, and windows that all heads share",
+            _build_fa4, missing=flash_4_missing, refuses=_fa4_refuses,
+            computes=_among("standard", "sliding_window", "local_only"), few_kernels=True,
+            says_no=FLASH_4_SAYS_NO,
         ),
         _sdpa(
             "sdpa-flash", "PyTorch's SDPA, flash kernel (flash-attn 2 on CUDA)",
@@ -207,17 +285,17 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "hf", "transformers' own modules, without their projections", peers.hf_build,
             missing=lambda device: peers.not_installed("transformers"), refuses=peers.hf_refuses,
-            only=("longformer", "bigbird", "reformer"), ties=True,
+            computes=_among("longformer", "bigbird", "reformer"), ties=True,
         ),
         Backend(
             "reformer-pytorch", "LSHAttention of reformer-pytorch", peers.reformer_pytorch_build,
             missing=lambda device: peers.not_installed("reformer_pytorch"),
-            refuses=peers.reformer_pytorch_refuses, only=("reformer",), ties=True,
+            refuses=peers.reformer_pytorch_refuses, computes=_among("reformer"), ties=True,
         ),
         Backend(
             "xformers", "memory_efficient_attention of xformers, causal or in one window",
             peers.xformers_build, missing=peers.xformers_missing, refuses=peers.xformers_refuses,
-            only=("standard", "sliding_window", "longformer"),
+            computes=_among("standard", "sliding_window", "longformer"), few_kernels=True,
         ),
     )
 }  # fmt: skip

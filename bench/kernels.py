@@ -34,15 +34,15 @@ class Ran(NamedTuple):
 
 
 def generated() -> int:
-    """How many modules torch has generated so far, for `ran` to look at those that came after."""
+    """How many modules torch has generated so far: from one such number to another are a call's."""
     return len(PyCodeCache.modules)
 
 
-def ran(call: Call, device: torch.device, since: int) -> Ran | None:
+def ran(call: Call, device: torch.device, modules: slice) -> Ran | None:
     """What a call ran on its device, by CUPTI; None where it ran no kernel there.
 
     Args:
-        since: what `generated` gave before the call was compiled.
+        modules: those that torch generated for the call.
     """
     spent: Counter[str] = Counter()
     for event in kernel_events(call, device):
@@ -51,7 +51,7 @@ def ran(call: Call, device: torch.device, since: int) -> Ran | None:
         return None
     total = sum(spent.values())
     names = [name for name, us in spent.most_common() if us >= LEAST_SHARE * total]
-    sources = [Path(module.__file__).read_text() for module in PyCodeCache.modules[since:]]
+    sources = [Path(module.__file__).read_text() for module in PyCodeCache.modules[modules]]
     tiles = [tiles_of(name, sources) or "-" for name in names]
     known = any(text != "-" for text in tiles)
     return Ran(";".join(map(short, names)), ";".join(tiles) if known else None)

@@ -172,7 +172,7 @@ class _Bench:
             return prepared
         try:
             attention = self._attention(prepared, wanted)
-        except UNSUPPORTED as error:
+        except (*UNSUPPORTED, *backend.says_no) as error:
             prepared.refused |= {x: ("unsupported", one_line(error)) for x in wanted}
             return prepared
         except CELL_ERRORS as error:

@@ -258,8 +258,10 @@ def _cells(request: Sweep) -> tuple[Cell, ...]:
 
 
 def _default_backends(device: torch.device) -> tuple[str, ...]:
+    """The fastest ways there are, as far as they are installed, and the dense peers."""
     if device.type == "cuda":
-        return ("flex", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+        fastest = (x for x in ("flash", "varlen", "fa4") if not BACKENDS[x].missing(device))
+        return ("flex", *fastest, "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
     return ("flex", "blockwise", "sdpa-flash")
 
 

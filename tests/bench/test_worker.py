@@ -121,7 +121,7 @@ def test_a_worker_that_never_comes_up_is_one_error(monkeypatch):
         Worker("cpu", time_limit=60.0)
 
 
-def dying(connection, device):
+def dying(connection, device, ceilings):
     os._exit(3)
 
 
