@@ -49,6 +49,7 @@ METHOD_CASES = [
         "gapped_bands", "longformer", "mehc_longformer",
     )),
     SlidingWindow(window=5),
+    SlidingWindow(window=66),
     Longformer(window=8, n_global=3),
     Longformer(window=8, n_global=20),
     Longformer(window=8, n_global=66),
