@@ -243,13 +243,13 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend(
             "flex", "compiled FlexAttention over block lists (CPU: forward only)",
-            _planned("flex"), uses_blocks=True, compiles=True, few_kernels=True, missing=_no_compiler,
-            refuses=_flex_refuses,
+            _planned("flex"), uses_blocks=True, compiles=True, few_kernels=True,
+            missing=_no_compiler, refuses=_flex_refuses,
         ),
         Backend(
             "flash", "compiled FlexAttention over block lists, by flash-attn-4's kernels",
-            _planned("flash"), uses_blocks=True, compiles=True, few_kernels=True, missing=flash_4_missing,
-            refuses=_flash_refuses, says_no=FLASH_4_SAYS_NO,
+            _planned("flash"), uses_blocks=True, compiles=True, few_kernels=True,
+            missing=flash_4_missing, refuses=_flash_refuses, says_no=FLASH_4_SAYS_NO,
         ),
         Backend(
             "varlen", "flash-attention over shifted keys, all heads in one call; banded, causal",

@@ -34,7 +34,7 @@ class Ran(NamedTuple):
 
 
 def generated() -> int:
-    """How many modules torch has generated so far: from one such number to another are a call's."""
+    """How many modules torch has generated so far; those from one number to the next are a call's."""
     return len(PyCodeCache.modules)
 
 
