@@ -34,7 +34,7 @@ class Ran(NamedTuple):
 
 
 def generated() -> int:
-    """How many modules torch has generated so far; between two such numbers lie those of a call."""
+    """How many modules torch has generated so far; between two numbers lie those of a call."""
     return len(PyCodeCache.modules)
 
 
