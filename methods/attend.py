@@ -21,8 +21,11 @@ from methods.varlen import Windows
 
 Executor = Callable[[Layout], tuple[Tensor, Tensor | None]]
 
+# Compiled FlexAttention, the same by flash-attn-4's kernels, FlexAttention uncompiled (scores N x N),
+# and plain PyTorch: any device, float64, both passes.
 EXECUTORS = ("flex", "flash", "eager", "blockwise")
-# What attend's argument takes besides "auto"; varlen has no layout to execute.
+# What attend takes besides "auto". varlen is flash-attention over shifted keys, for causal banded
+# methods of at most two windows a head; it has no layout to execute.
 BACKENDS = (*EXECUTORS, "varlen")
 NO_LSE = "FlexAttention's CPU kernel gives no log-sum-exp"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -43,37 +46,37 @@ def attend(
 
     Args:
         q: [B, Hq, N, D].
-        k, v: [B, Hkv, N, D]; Hq is a multiple of Hkv. Where a method shares queries and keys, k is
-            q itself.
+        k, v: [B, Hkv, N, D]; Hq is a multiple of Hkv. Where a method shares queries and keys, k
+            is q itself.
         method: a name in METHODS or a Method.
         causal: whether query i sees only keys j <= i.
-        backend: "flex" (compiled FlexAttention), "flash" (the same by flash-attn-4's kernels),
-            "varlen" (flash-attention over shifted keys: causal banded methods of at most two
-            windows a head, the fastest where it applies), "eager" (FlexAttention uncompiled,
-            N x N scores), "blockwise" (plain PyTorch, any device, float64, both passes) or
-            "auto": flex, but blockwise for float64, and on a CPU where a gradient is asked for
-            or the method needs the log-sum-exp.
-        global_tokens: Longformer's global tokens of each sample, bool [B, N], in place of its
-            prefix.
-        global_qkv: Longformer's separate projections, shaped as q, k, v, for rows of global
-            tokens.
+        backend: a name in BACKENDS, or "auto": flex, but blockwise for float64, and on a CPU where
+            a gradient is asked for or the method needs the log-sum-exp.
+        global_tokens: bool [B, N], Longformer's global tokens in place of its prefix.
+        global_qkv: Longformer's projections for rows of global tokens, shaped as q, k, v.
         state: of this call, in place of what the method prepares: BigBird's `drawn_blocks`,
-            Reformer's buckets.
+            Reformer's `rounds`.
 
     Returns:
         [B, Hq, N, D] in the dtype of q; rows of queries that see no key are 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, or an unknown name; one
-            line says what was given and what is allowed.
+        ValueError: what was given does not go together; one line says what is allowed.
     """
-    method = resolve(method)
     given = (q, k, v) if global_qkv is None else (q, k, v, *global_qkv)
+    return _routed(resolve(method), given, causal, backend, global_tokens, state)
+
+
+def _routed(
+    method: Method, given: tuple[Tensor, ...], causal: bool, backend: str,
+    global_tokens: Tensor | None, state: Any,
+) -> Tensor:  # fmt: skip
+    """attend, with the projections of global rows behind q, k and v where there are any."""
     backend = _backend_for(method, given, backend)
-    if backend in ("flex", "eager") and not q.is_cuda:
-        q, k, v, *own = (x.detach() for x in given)  # this kernel refuses leaves that want grads
-        global_qkv = None if global_qkv is None else tuple(own)
-    own_globals = global_tokens is not None or global_qkv is not None
+    if backend in ("flex", "eager") and not given[0].is_cuda:
+        given = tuple(x.detach() for x in given)  # this kernel refuses leaves that want grads
+    (q, k, v), own = given[:3], given[3:] or None
+    own_globals = global_tokens is not None or own is not None
     if own_globals:
         if backend == "varlen":
             raise ValueError("backend 'varlen' takes no global_tokens and no global_qkv")
@@ -81,7 +84,7 @@ def attend(
     run = _cached_plan(method, q.shape, k.shape, v.shape, q.dtype, q.device, causal, backend)
     if not own_globals:
         return run(q, k, v, state)[0]
-    return attend_globals(run.method, q, k, v, run.problem, run.execute, global_tokens, global_qkv)
+    return attend_globals(run.method, q, k, v, run.problem, run.execute, global_tokens, own)
 
 
 def _with_globals(method: Method, given: bool) -> Longformer:

@@ -262,8 +262,10 @@ class Case:
     def right_statuses(self, rows: list[Line]) -> bool:
         faulty = {x["status"] for x in rows if x["method"] == "faulty" and not refused(x)}
         others = {x["status"] for x in rows if x["method"] != "faulty" and not refused(x)}
-        if self.crashed:
-            return others <= {"ok", "crash"}
+        if self.crashed:  # one cell was running when the process was ended
+            ended = {(x["method"], x["backend"], x["seq_len"]) for x in rows
+                     if x["status"] == "crash"}  # fmt: skip
+            return others <= {"ok", "crash"} and len(ended) <= 1
         expected = {self.culprit} if self.culprit else set()
         # A compiled culprit is right where nothing is compiled.
         return others == {"ok"} and faulty - {"ok"} == expected
