@@ -21,8 +21,8 @@ from methods.varlen import Windows
 
 Executor = Callable[[Layout], tuple[Tensor, Tensor | None]]
 
-# Compiled FlexAttention, the same by flash-attn-4's kernels, FlexAttention uncompiled (scores N x N),
-# and plain PyTorch: any device, float64, both passes.
+# Compiled FlexAttention, the same by flash-attn-4's kernels, FlexAttention uncompiled (N x N
+# scores), and plain PyTorch: any device, float64, both passes.
 EXECUTORS = ("flex", "flash", "eager", "blockwise")
 # What attend takes besides "auto". varlen is flash-attention over shifted keys, for causal banded
 # methods of at most two windows a head; it has no layout to execute.
