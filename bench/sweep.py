@@ -42,7 +42,7 @@ class Sweep:
     backends: tuple[str, ...] | None = None
     """Ways to run them; by default what suits the device (see `list`)."""
     seq_len: tuple[int, ...] | None = None
-    """Tokens a sequence; default 512 to 4096 on a CPU, 1024 to 16384 on a GPU."""
+    """Tokens a sequence; default 512 to 2048 on a CPU, 1024 to 16384 on a GPU."""
     heads: tuple[int, ...] = (8,)
     """Query heads."""
     kv_heads: tuple[int, ...] | None = None
@@ -179,7 +179,7 @@ def _with_defaults(request: Sweep) -> Sweep:
     name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     defaults = {
-        "seq_len": (1024, 4096, 16384) if on_gpu else (512, 1024, 2048, 4096),
+        "seq_len": (1024, 4096, 16384) if on_gpu else (512, 1024, 2048),
         "head_dim": (128,) if on_gpu else (64,),
         "dtype": ("bfloat16",) if on_gpu else ("float32",),
         "run": f"{name.lower().replace(' ', '-')}-{stamp}",
