@@ -12,12 +12,14 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from bench import chip, stats
 from bench.ceilings import Ceilings, beyond
-from bench.record import Environment, Row, code_hash
+from bench.record import STEP, Environment, Row, code_hash
 from bench.sampling import Series
 from bench.specs import parameters_text, parse_method, source_file
 from bench.timing import Sampler
 from methods import Method, Problem
 from methods.method import ScoreMod
+
+ON_HOST = ("layout", STEP)  # phases that have no other clock, and no state of the L2
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Group:
     shared: bool = True
 
     def clocks(self, phase: str) -> tuple[str, ...]:
-        on_host_alone = self.device == "cpu" or phase == "layout"
+        on_host_alone = self.device == "cpu" or phase in ON_HOST
         return ("host",) if on_host_alone else ("device", "host")
 
 
@@ -130,7 +132,7 @@ def _row(
         method=prepared.method.name, params=parameters_text(prepared.method),
         backend=prepared.cell.backend, **asdict(group.problem),
         q_block=group.block_size[0], kv_block=group.block_size[1], phase=phase, clock=clock,
-        l2=None if group.device == "cpu" or phase == "layout" else "cold", **values,
+        l2=None if group.device == "cpu" or phase in ON_HOST else "cold", **values,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import io
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,8 @@ import torch
 from methods import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = ("layout", "fwd", "bwd", "fwd_bwd")
+PHASES = ("layout", "fwd", "bwd", "fwd_bwd")  # of a sweep
+STEP = "step"  # of training: forward, backward and optimiser
 CLOCKS = ("device", "kernels", "host")
 STATUSES = ("ok", "oom", "unsupported", "mismatch", "crash", "timeout")
 
@@ -61,6 +62,11 @@ class Row:
         sm_mhz: median right after the samples. power_w (median), celsius (highest): of the chip
             meanwhile, other cells of the group included.
         throttled: why the chip was slower than it can be, and after how many of the samples.
+        model: that trains; batch is the sequences of each of its world_size processes.
+        data: "random", or the name of the text.
+        parameters: of the model. model_flops: of its products in one step of one process.
+        losses: of every step from the first, those of the warm-up too; semicolon-separated.
+        attention_us, other_us: time of the device in attention and in other kernels, in one step.
     """
 
     run: str
@@ -116,6 +122,14 @@ class Row:
     power_w: float | None = None
     celsius: int | None = None
     throttled: str | None = None
+    model: str | None = None
+    world_size: int | None = None
+    data: str | None = None
+    parameters: int | None = None
+    model_flops: float | None = None
+    losses: str | None = None
+    attention_us: float | None = None
+    other_us: float | None = None
 
     @property
     def problem(self) -> Problem:
@@ -128,6 +142,8 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _HEADER = (",".join(COLUMNS) + "\n").encode()
+# Of files from before there were rows of training, which are read all the same.
+_OLDER = COLUMNS[: COLUMNS.index("model")]
 _TYPES = get_type_hints(Row)
 
 
@@ -242,11 +258,12 @@ class Store:
             self._write(_HEADER)
             _sync_folder(self.path.parent)
             lines, torn = [_HEADER.rstrip()], b""
-        _check_header(lines[0] if lines else torn, self.path)
+        columns = _columns(lines[0] if lines else torn, self.path)
+        empty = b"," * (len(COLUMNS) - len(columns))
         for line in lines[1:]:
             try:
-                self.rows.append(_parse(line))
-                good.append(line)
+                self.rows.append(_parse(line, columns))
+                good.append(line + empty)
             except _DAMAGE:
                 bad.append(line)
         self.damaged = len(bad)
@@ -254,7 +271,8 @@ class Store:
             with self.aside.open("ab") as file:
                 file.write(b"".join(line + b"\n" for line in bad))
                 os.fsync(file.fileno())
-            self._replace(b"".join(line + b"\n" for line in (lines[0], *good)))
+        if bad or empty:
+            self._replace(_HEADER + b"".join(line + b"\n" for line in good))
         elif torn:
             self._file.truncate(self._file.seek(0, os.SEEK_END) - len(torn))
 
@@ -277,11 +295,11 @@ def read_rows(path: Path) -> list[Row]:
         ValueError: the file is not a results file, or a line of it is damaged; names the line.
     """
     *lines, _torn = path.read_bytes().split(b"\n")
-    _check_header(lines[0] if lines else b"", path)
+    columns = _columns(lines[0] if lines else b"", path)
     rows = []
     for number, line in enumerate(lines[1:], 2):
         try:
-            rows.append(_parse(line))
+            rows.append(_parse(line, columns))
         except _DAMAGE as error:
             raise ValueError(f"{path}, line {number}: damaged ({error})") from None
     return rows
@@ -291,11 +309,11 @@ def read_rows(path: Path) -> list[Row]:
 _DAMAGE = (ValueError, KeyError, csv.Error)
 
 
-def _parse(line: bytes) -> Row:
+def _parse(line: bytes, columns: Sequence[str]) -> Row:
     """The row of one line, which is data and nothing else: no field of it is evaluated."""
     (values,) = csv.reader([line.decode()], strict=True)
-    row = Row(**{k: decode(k, v) for k, v in zip(COLUMNS, values, strict=True)})
-    for name, allowed in (("phase", PHASES), ("clock", CLOCKS), ("status", STATUSES)):
+    row = Row(**{k: decode(k, v) for k, v in zip(columns, values, strict=True)})
+    for name, allowed in (("phase", (*PHASES, STEP)), ("clock", CLOCKS), ("status", STATUSES)):
         if getattr(row, name) not in allowed:
             raise ValueError(f"{name} is {getattr(row, name)!r}")
     _ = row.problem, row.samples  # these have to be read from it later
@@ -318,9 +336,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _check_header(line: bytes, path: Path) -> None:
-    if line + b"\n" != _HEADER:
-        raise ValueError(f"{path}: not a results file of this version (its first line differs)")
+def _columns(header: bytes, path: Path) -> Sequence[str]:
+    for columns in (COLUMNS, _OLDER):
+        if header.decode(errors="replace") == ",".join(columns):
+            return columns
+    raise ValueError(f"{path}: not a results file of this version (its first line differs)")
 
 
 def encode(value: Any) -> Any:

@@ -36,6 +36,15 @@ class Series:
         """Whether the median is known well enough."""
         return stats.relative_width([us for _, us in self.samples]) < PRECISION
 
+    def keep(self, number: int, microseconds: float, reading: chip.Reading | None) -> None:
+        """Takes one sample in, unless the chip was slowed down."""
+        if reading is not None and reading.slowed:
+            self.discarded += 1
+            return
+        self.samples.append((number, microseconds))
+        if reading is not None:
+            self.readings.append(reading)
+
 
 def sample_rounds(
     samplers: Mapping[Hashable, timing.Sampler],
@@ -65,15 +74,6 @@ def sample_rounds(
         for key in order.sample(keys, len(keys)):
             announce(key)
             microseconds = samplers[key]()
-            _keep(series[key], number, microseconds, read_chip())
+            series[key].keep(number, microseconds, read_chip())
         number += 1
     return series
-
-
-def _keep(series: Series, number: int, microseconds: float, reading: chip.Reading | None) -> None:
-    if reading is not None and reading.slowed:
-        series.discarded += 1
-        return
-    series.samples.append((number, microseconds))
-    if reading is not None:
-        series.readings.append(reading)

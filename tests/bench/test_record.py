@@ -196,3 +196,20 @@ def test_the_code_hash_covers_a_users_file(tmp_path):
     first = code_hash([file])
     file.write_text("a = 2\n")
     assert len({first, code_hash([file]), code_hash()}) == 3
+
+
+def test_a_file_from_before_the_columns_of_training_is_read_and_gone_on_with(tmp_path):
+    path, row = tmp_path / "a.csv", make_row(reason="one, two")
+    with Store(path) as store:
+        store.append([row])
+    older = COLUMNS.index("model")
+    header, line = path.read_text().splitlines()
+    fewer = len(COLUMNS) - older
+    path.write_text(f"{','.join(COLUMNS[:older])}\n{line[:-fewer]}\n")
+    assert read_rows(path) == [row]
+    trained = make_row(phase="step", model="table2", world_size=2, losses="2.5;2.25")
+    with Store(path) as store:
+        assert store.rows == [row]
+        store.append([trained])
+    assert path.read_text().splitlines()[:2] == [header, line]
+    assert read_rows(path) == [row, trained]
