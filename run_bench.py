@@ -1,4 +1,4 @@
-"""The command line: python run_bench.py [sweep | plot | compare | paper | list] --help."""
+"""The command line: python run_bench.py [sweep | train | plot | compare | paper | list] --help."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from bench import figures, report
+from bench import figures, report, train_report
 from bench.backends import BACKENDS
 from bench.compare import compare, sides
 from bench.paper_run import Paper, reproduce
 from bench.record import read_rows
 from bench.specs import parameters_text
 from bench.sweep import Sweep, default_device, sweep
+from bench.train import Train, train
 from methods import METHODS
 
 LOG_WIDTH = 160  # columns where the output is no terminal: enough for every column of a table
@@ -62,6 +63,7 @@ class List:
 
 Command = (
     Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Paper, tyro.conf.subcommand("paper")]
@@ -80,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match command:
             case Sweep():
                 return sweep(command, console)
+            case Train():
+                return train(command, console)
             case Plot():
                 return _plot(command, console)
             case Compare(csv, other, method, against, fail_slower):
@@ -102,7 +106,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _parse(arguments: Sequence[str]) -> Sweep | Plot | Compare | Paper | List:
+def _parse(arguments: Sequence[str]) -> Sweep | Train | Plot | Compare | Paper | List:
     """tyro's answer, with its boxed complaint folded into one line.
 
     Raises:
@@ -130,7 +134,8 @@ def _plot(command: Plot, console: Console) -> int:
     rows = read_rows(command.csv)
     folder = command.output or _plots_of(command.csv.resolve())
     report.print_report(rows, console)
-    drawn = figures.draw_all(rows, folder)
+    train_report.print_training(rows, console)
+    drawn = figures.draw_all(rows, folder) + train_report.draw_training(rows, folder)
     console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False)
     return 0
 

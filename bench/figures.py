@@ -92,7 +92,7 @@ def _efficiency(board: Board, cell: Cell, phase: str, backend: str) -> Value | N
     return Value(*(x and x / ideal for x in speedup)) if speedup and ideal else None
 
 
-def _log(axes: Axes, smallest: float, largest: float) -> None:
+def log_scale(axes: Axes, smallest: float, largest: float) -> None:
     axes.set_yscale("log")
     span = largest / smallest
     subs = (1, 1.5, 2, 3, 4, 5, 7) if span < 6 else (1, 2, 5) if span < 300 else (1,)
@@ -101,12 +101,12 @@ def _log(axes: Axes, smallest: float, largest: float) -> None:
 
 
 def _seconds(axes: Axes, smallest: float, largest: float) -> None:
-    _log(axes, smallest, largest)
+    log_scale(axes, smallest, largest)
     engineering = EngFormatter(unit="s")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda us, _: engineering(us * 1e-6)))
 
 
-def _factors(axes: Axes, smallest: float, largest: float) -> None:
+def factor_scale(axes: Axes, smallest: float, largest: float) -> None:
     axes.set_yscale("log", base=2)
     halves = () if largest > 16 * smallest else (1.5,)
     ticks = sorted(f * 2.0**power for f in (1, *halves) for power in range(-10, 16))
@@ -119,8 +119,11 @@ def _share(axes: Axes, smallest: float, largest: float) -> None:
 
 
 KINDS = (
-    Kind("tokens_per_s", "seq_len", "tokens/s", _tokens_per_s, _log),
-    Kind("speedup", "seq_len", "speed-up over standard", _speedup, _factors, BASELINE, ideal=True),
+    Kind("tokens_per_s", "seq_len", "tokens/s", _tokens_per_s, log_scale),
+    Kind(
+        "speedup", "seq_len", "speed-up over standard", _speedup, factor_scale, BASELINE,
+        ideal=True,
+    ),
     Kind(
         "efficiency", "seq_len", "measured / ideal speed-up", _efficiency, _share, "ideal",
         rival=False,
@@ -212,7 +215,7 @@ class Drawing:
                 continue
             look = self.looks[cell.label]
             values = [self.kind.value(board, cell, self.phase, self.backend) for board in panel]
-            _series(axes, across, values, look, _legend_text(cell.label))
+            draw_series(axes, across, values, look, _legend_text(cell.label))
             if self.kind.ideal:
                 ideal = [board.ideal(cell) or np.nan for board in panel]
                 axes.plot(across, ideal, "--", color=look.colour, linewidth=1, zorder=1)
@@ -221,14 +224,16 @@ class Drawing:
             if any(cell is not None and cell.backend != self.backend for cell in dense):
                 pairs = zip(panel, dense, strict=True)
                 values = [c and self.kind.value(b, c, self.phase, self.backend) for b, c in pairs]
-                _series(axes, across, values, FASTEST_DENSE, "standard on the\nfastest backend")
+                draw_series(
+                    axes, across, values, FASTEST_DENSE, "standard on the\nfastest backend"
+                )
         if self.kind.unity:
             axes.axhline(1, color="#000000", linewidth=1, zorder=1, label=self.kind.unity)
         axes.set_xscale("log", base=2)
         axes.set_xlim(across[0] / 1.3, across[-1] * 1.3)
         axes.xaxis.set_major_locator(FixedLocator(_apart(across)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _length(round(x))))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_text(round(x))))
         axes.set_axisbelow(True)
         axes.grid(True, color="#dddddd", linewidth=0.6)
         axes.tick_params(labelsize=8)
@@ -301,14 +306,14 @@ class Drawing:
             for board, cell in itertools.product(panel, self._cells(panel)):
                 row = board.row(cell, self.phase)
                 if row is not None and row.status != "ok":
-                    place = _length(getattr(board.head, self.kind.axis))
+                    place = length_text(getattr(board.head, self.kind.axis))
                     missing[cell.label, row.status, title].append(place)
         symbol = "N" if self.kind.axis == "seq_len" else "heads"
         for (label, status, title), places in missing.items():
             yield f"No point: {label}, {status} at {symbol} = {', '.join(places)}{title}"
 
 
-def _series(
+def draw_series(
     axes: Axes, across: Sequence[int], values: Sequence[Value | None], look: Style, label: str
 ) -> None:
     """A line with gaps where there is no value, and bars where there is an interval."""
@@ -330,7 +335,7 @@ def _series(
         )  # fmt: skip
 
 
-def _length(count: int) -> str:
+def length_text(count: int) -> str:
     return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else str(count)
 
 

@@ -174,7 +174,7 @@ def _must_fit_one(spec: str, problems: Sequence[Problem]) -> None:
 
 
 def _with_defaults(request: Sweep) -> Sweep:
-    device = _device(request.device)
+    device = named_device(request.device)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
@@ -191,10 +191,15 @@ def _with_defaults(request: Sweep) -> Sweep:
 
 def default_device() -> torch.device:
     """A GPU where there is one."""
-    return _device(None)
+    return named_device(None)
 
 
-def _device(text: str | None) -> torch.device:
+def named_device(text: str | None) -> torch.device:
+    """The device of --device; a GPU where there is one if it is not given.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text is None:
         return torch.device("cuda:0" if count else "cpu")

@@ -151,10 +151,10 @@ class Worker:
 
     def _died(self, running: Cell | None) -> CellFailed:
         self._process.join(STOP_LIMIT)
-        return CellFailed(running, "crash", _death(self._process.exitcode))
+        return CellFailed(running, "crash", how_it_died(self._process.exitcode))
 
 
-def _death(exit_code: int | None) -> str:
+def how_it_died(exit_code: int | None) -> str:
     if exit_code is None:
         return "the process closed its connection and does not end"
     if exit_code >= 0:
@@ -175,12 +175,17 @@ def interrupts_held() -> Iterator[None]:
 
 def set_up() -> None:
     """Ends with the parent; and what compiled code must agree on for the on-disk caches."""
+    end_with_parent()
+    torch._functorch.config.donated_buffer = False  # a backward is run again on one graph
+
+
+def end_with_parent() -> None:
+    """Has this process killed when its parent dies."""
     if sys.platform == "linux":
         # Even in the middle of a cell that never ends, when nothing else would be noticed.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != multiprocessing.parent_process().pid:
             os._exit(1)
-    torch._functorch.config.donated_buffer = False  # a backward is run again on one graph
 
 
 def _serve(connection: Connection, device: str, ceilings: bool) -> None:

@@ -1,0 +1,315 @@
+"""The models of `train`: a plain decoder, and causal language models of transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bench.derived import FLOPS_PER_PAIR
+from bench.step_attention import Call, StepAttention
+
+VOCABULARY = 50304
+ROTARY_BASE = 10000.0
+STANDARD_DEVIATION = 0.02  # of initial weights
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of a model.
+
+    Attributes:
+        config: fields of a transformers config, with model_type; None for the plain decoder.
+    """
+
+    name: str
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    head_dim: int
+    vocabulary: int = VOCABULARY
+    config: dict[str, Any] | None = field(default=None, hash=False)
+
+
+def _olmoe(name: str, hidden: int, expert: int) -> Model:
+    config = {
+        "model_type": "olmoe", "hidden_size": hidden, "intermediate_size": expert,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": VOCABULARY,
+    }  # fmt: skip
+    return Model(name, 16, 16, 16, hidden, hidden // 16, config=config)
+
+
+# Table 2 and Table 1 of the SPAttention paper.
+MODELS = {
+    model.name: model
+    for model in (
+        Model("table2", layers=8, heads=8, kv_heads=8, hidden=1024, head_dim=128),
+        _olmoe("olmoe-0.25b-1.75b", 1024, 512),
+        _olmoe("olmoe-1b-7b", 2048, 1024),
+    )
+}
+
+
+def model_of_file(path: Path) -> Model:
+    """The model of a transformers config.json, named after the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no config of a causal language model that the suite can train.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--model-config {path}: not JSON ({error})") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"--model-config {path}: no model_type, which names the architecture")
+    config = _config(values, f"--model-config {path}")
+    if why := _refusal(config):
+        raise ValueError(f"--model-config {path}: {why}")
+    heads = config.num_attention_heads
+    return Model(
+        path.stem, config.num_hidden_layers, heads,
+        getattr(config, "num_key_value_heads", None) or heads, config.hidden_size,
+        getattr(config, "head_dim", None) or config.hidden_size // heads, config.vocab_size,
+        values,
+    )  # fmt: skip
+
+
+def _config(values: dict[str, Any], source: str) -> Any:
+    from transformers import AutoConfig
+
+    fixed = {"use_cache": False, "attention_dropout": 0.0}
+    fixed |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    others = {name: value for name, value in values.items() if name != "model_type"}
+    try:
+        return AutoConfig.for_model(values["model_type"], **others | fixed)
+    except (KeyError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source}: transformers does not take it ({text})") from None
+
+
+def _refusal(config: Any) -> str | None:
+    """Why the attention of a config is not a plain causal call, or None."""
+    fields = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    if missing := [name for name in fields if not isinstance(getattr(config, name, None), int)]:
+        return f"it has no {', '.join(missing)}"
+    if config.is_encoder_decoder:
+        return "an encoder-decoder has cross attention, which is not honoured"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "it has a sliding window of its own; a method takes its place, so set it to null"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps its scores, which is not honoured"
+    return None
+
+
+class LanguageModel(nn.Module):
+    """Token ids -> loss of the next token.
+
+    Attributes:
+        layers: the repeated part of body.
+        active_weights: of all products but attention's that a token takes part in.
+    """
+
+    def __init__(
+        self, body: nn.Module, head: nn.Linear, layers: nn.ModuleList, active_weights: int
+    ) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+        self.layers, self.active_weights = list(layers), active_weights  # no second registration
+        self.loss: Callable[..., Tensor] = next_token_loss
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy over ids and targets, both int64 [B, N]."""
+        hidden = self.body(ids)
+        hidden = getattr(hidden, "last_hidden_state", hidden)
+        return self.loss(hidden, self.head.weight, self.head.bias, targets)
+
+    def step_flops(self, model: Model, batch: int, seq_len: int, allowed_pairs: int) -> float:
+        """Of the products of one step, forward and backward, nothing counted twice.
+
+        Args:
+            allowed_pairs: over the heads of one layer and sequence.
+        """
+        pairs = FLOPS_PER_PAIR["fwd_bwd"] * model.head_dim * allowed_pairs * model.layers
+        return float(batch * (6 * self.active_weights * seq_len + pairs))
+
+
+def next_token_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
+    logits = F.linear(hidden, weight, bias).flatten(0, 1).float()
+    return F.cross_entropy(logits, targets.flatten())
+
+
+def build(
+    model: Model,
+    attention: Call,
+    seq_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> LanguageModel:
+    """A model with random weights, its attention in place; nothing is compiled yet."""
+    torch.manual_seed(seed)
+    with device:
+        if model.config is None:
+            body = Decoder(model, attention, seq_len).to(dtype)
+            # Tied, as in OLMo by default.
+            head = nn.Linear(model.hidden, model.vocabulary, bias=False, dtype=dtype)
+            head.weight = body.embedding.weight
+            layers = body.layers
+        else:
+            body, head, layers = _of_transformers(model, attention, dtype)
+    return LanguageModel(body, head, layers, _active_weights(body, head, model))
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _active_weights(body: nn.Module, head: nn.Linear, model: Model) -> int:
+    """Embeddings are looked up; of a layer's experts, which lie in one tensor, some take part."""
+    config = model.config or {}
+    experts = config.get("num_experts") or config.get("num_local_experts") or 1
+    share = (config.get("num_experts_per_tok") or 1) / experts
+    tables = {id(x.weight) for x in body.modules() if isinstance(x, nn.Embedding)}
+    count = sum(
+        x.numel() * (share if x.ndim == 3 else 1)
+        for x in body.parameters()
+        if x.ndim > 1 and id(x) not in tables and x is not head.weight
+    )
+    return round(count) + head.weight.numel()
+
+
+def _of_transformers(
+    model: Model, attention: Call, dtype: torch.dtype
+) -> tuple[nn.Module, nn.Linear, nn.ModuleList]:
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+    # A name of its own: models look it up at every call.
+    name = f"measured_{id(attention)}"
+    AttentionInterface.register(name, partial(_interface, attention))
+    AttentionMaskInterface.register(name, _no_mask)
+    config = _config(model.config, model.name)
+    whole = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
+    body = whole.base_model
+    layers = next(
+        x for x in body.modules() if isinstance(x, nn.ModuleList) and len(x) == model.layers
+    )
+    return body.train(), whole.get_output_embeddings(), layers
+
+
+def _interface(
+    attention: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: None = None, scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """A layer's call, as transformers makes it: -> [B, N, Hq, D]."""
+    factor = 1.0 if scaling is None else scaling * math.sqrt(query.shape[-1])
+    if not math.isclose(factor, 1):
+        query = query * factor
+    return attention(query, key, value).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(**_: Any) -> None:
+    """Every method draws its own mask, and nothing is padded."""
+
+
+class Decoder(nn.Module):
+    """Pre-norm decoder: RMSNorm, rotary positions, GELU MLP of four times the width, no biases."""
+
+    def __init__(self, model: Model, attention: Call, seq_len: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(model.vocabulary, model.hidden)
+        self.layers = nn.ModuleList(Layer(model, attention) for _ in range(model.layers))
+        self.norm = nn.RMSNorm(model.hidden)
+        half = torch.arange(0, model.head_dim, 2) / model.head_dim
+        self.register_buffer("angles", torch.arange(seq_len)[:, None] * ROTARY_BASE**-half, False)
+        self._initialise(model)
+
+    def _initialise(self, model: Model) -> None:
+        for name, weight in self.named_parameters():
+            if weight.ndim > 1:
+                # Two of these a layer add to the residual stream.
+                residual = name.endswith(("out.weight", "down.weight"))
+                scale = math.sqrt(2 * model.layers) if residual else 1
+                nn.init.normal_(weight, std=STANDARD_DEVIATION / scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [B, N] -> hidden states [B, N, hidden]."""
+        x = self.embedding(ids)
+        cos, sin = self.angles.cos(), self.angles.sin()
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+    def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """Angles stay in float32 when a model is cast: bfloat16 cannot tell late positions."""
+        angles = self.angles
+        super()._apply(change, recurse)
+        self.angles = angles.to(self.angles.device)
+        return self
+
+
+class Layer(nn.Module):
+    """One layer of the decoder."""
+
+    def __init__(self, model: Model, attention: Call) -> None:
+        super().__init__()
+        width = model.heads * model.head_dim
+        self.attention, self.shape = attention, (3, model.heads, model.head_dim)
+        self.norm_in, self.norm_mid = nn.RMSNorm(model.hidden), nn.RMSNorm(model.hidden)
+        self.qkv = nn.Linear(model.hidden, 3 * width, bias=False)
+        self.out = nn.Linear(width, model.hidden, bias=False)
+        self.up = nn.Linear(model.hidden, 4 * model.hidden, bias=False)
+        self.down = nn.Linear(4 * model.hidden, model.hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, N, hidden]; cos and sin [N, head_dim / 2] of the rotary angles."""
+        q, k, v = self.qkv(self.norm_in(x)).unflatten(-1, self.shape).unbind(2)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        out = self.attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v)
+        x = x + self.out(out.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_mid(x))))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    near, far = x.chunk(2, dim=-1)
+    return torch.cat((near * cos - far * sin, far * cos + near * sin), dim=-1).to(x.dtype)
+
+
+def compile_model(model: LanguageModel, attention: StepAttention, by_layer: bool) -> None:
+    """Compiles the plain decoder whole; else each layer, of which all share one graph, and loss.
+
+    Only `forward` is compiled, so that hooks which gather and shard weights stay outside. Where
+    attention is not inlined it stands between two graphs of a layer.
+    """
+    if isinstance(model.body, Decoder) and attention.inlined and not by_layer:
+        model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        return
+    for layer in model.layers:
+        compiled = torch.compile(layer.forward, fullgraph=attention.inlined, dynamic=False)
+        layer.forward = compiled
+    model.loss = torch.compile(next_token_loss, fullgraph=True, dynamic=False)
+
+
+def recompute_layers(model: LanguageModel) -> None:
+    """Keeps of a layer only its input; the rest is computed again in the backward."""
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def with_options(model: Model, *, checkpointing: bool, compiled: bool) -> Model:
+    """The model named for how it runs, where that is not the usual way."""
+    suffix = (" recomputing" if checkpointing else "") + ("" if compiled else " uncompiled")
+    return replace(model, name=model.name + suffix)

@@ -1,0 +1,197 @@
+"""Cells of a training run in processes of their own, and what ranks of torchrun tell each other.
+
+Every rank is two processes: one that watches and writes, and one for each cell, which may die. The
+watchers meet in torchrun's store, so a rank whose process died, or ran out of memory, ends the
+cell for all of them in a row that says so; nobody waits in a collective operation for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+import torch._dynamo.config
+import torch.distributed as dist
+
+from bench.measure import CELL_ERRORS, UNSUPPORTED, one_line, out_of_memory
+from bench.record import Row
+from bench.steps import Job, World, run_job
+from bench.worker import SPAWN, STOP_LIMIT, end_with_parent, how_it_died, interrupts_held
+
+LOOK = 0.2  # seconds between looks at the other ranks
+SETTLE = 3.0  # seconds in which ranks that fail together have all said so
+# Of several ranks' failures the first of these is the cause of the others.
+CAUSES = ("oom", "unsupported", "mismatch", "timeout", "crash")
+
+
+class JobFailed(RuntimeError):
+    """A cell could not be measured, for a status of the row and a reason."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank among those of torchrun; one alone without it."""
+
+    rank: int = 0
+    local: int = 0
+    size: int = 1
+    store: dist.Store | None = None
+
+    @classmethod
+    def of_environment(cls) -> Ranks:
+        """What torchrun, or another launcher, has set.
+
+        Raises:
+            ValueError: a variable is missing or no number.
+        """
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
+        try:
+            rank, size, port = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+            host, local = os.environ["MASTER_ADDR"], int(os.environ.get("LOCAL_RANK", rank))
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                "WORLD_SIZE is set, but RANK, MASTER_ADDR or MASTER_PORT is not, or is no number "
+                f"({error}); start by torchrun"
+            ) from None
+        if size == 1:
+            return cls(rank, local)
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = dist.TCPStore(
+            host, port, is_master=rank == 0 and not shared, wait_for_workers=False
+        )  # fmt: skip
+        return cls(rank, local, size, store)
+
+    def agree(self, name: str, value: object) -> object:
+        """Rank 0's value (as JSON), for all ranks."""
+        if self.store is None:
+            return value
+        if self.rank == 0:
+            self.store.set(name, json.dumps(value))
+        return json.loads(self.store.get(name))
+
+    def tell(self, cell: int, status: str, reason: str) -> None:
+        """Says that this rank failed in a cell."""
+        if self.store is not None:
+            self.store.set(f"{cell}/failed/{self.rank}", json.dumps([status, reason]))
+            self.store.set(f"{cell}/failed", "")
+
+    def failed(self, cell: int) -> bool:
+        """Whether any rank failed in a cell."""
+        return self.store is not None and self.store.check([f"{cell}/failed"])
+
+    def cause(self, cell: int) -> tuple[str, str]:
+        """Status of the failure that explains the others, and what each rank had to say."""
+        keys = {rank: f"{cell}/failed/{rank}" for rank in range(self.size)}
+        told = {
+            rank: json.loads(self.store.get(key))
+            for rank, key in keys.items()
+            if self.store.check([key])
+        }
+        status = min((status for status, _ in told.values()), key=CAUSES.index)
+        return status, "; ".join(f"rank {rank}: {reason}" for rank, (_, reason) in told.items())
+
+
+def run_apart(
+    job: Job, ranks: Ranks, cell: int, limit: float, announce: Callable[[str], None]
+) -> list[Row]:
+    """A job in a process of its own, together with those of the other ranks.
+
+    Args:
+        cell: its number, the same in every rank.
+        limit: seconds without progress after which it is given up.
+
+    Raises:
+        JobFailed: here or in another rank.
+    """
+    connection, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=_work, args=(theirs, job, ranks.rank, ranks.size, cell))
+    process.daemon = True
+    with interrupts_held():
+        process.start()
+    theirs.close()
+    try:
+        return _watch(connection, process, ranks, cell, limit, announce)
+    except JobFailed as failure:
+        process.kill()  # it may hold the device, and the others in a collective operation
+        if ranks.store is None:
+            raise
+        time.sleep(SETTLE)
+        raise JobFailed(*ranks.cause(cell)) from failure
+    finally:
+        connection.close()
+        process.kill()
+        process.join(STOP_LIMIT)
+
+
+def _watch(
+    connection: Connection, process: SPAWN.Process, ranks: Ranks, cell: int, limit: float,
+    announce: Callable[[str], None],
+) -> list[Row]:  # fmt: skip
+    """Follows the process to its rows; a failure of its own is told to the other ranks."""
+    try:
+        since, doing = time.monotonic(), "starting"
+        while not ranks.failed(cell):
+            if connection.poll(LOOK):
+                kind, *content = connection.recv()
+                if kind == "done":
+                    process.join(STOP_LIMIT)  # a peer may still need it to leave in order
+                    return content[0]
+                if kind == "failed":
+                    raise JobFailed(*content)
+                since, doing = time.monotonic(), content[0]
+                announce(doing)
+            elif time.monotonic() - since > limit:
+                raise JobFailed("timeout", f"no progress within {limit:.0f} s, in {doing}")
+    except (EOFError, OSError):
+        process.join(STOP_LIMIT)
+        failure = JobFailed("crash", f"{how_it_died(process.exitcode)}, in {doing}")
+        ranks.tell(cell, failure.status, failure.reason)
+        raise failure from None
+    except JobFailed as failure:
+        ranks.tell(cell, failure.status, failure.reason)
+        raise
+    raise JobFailed("crash", "another rank failed")
+
+
+def _work(connection: Connection, job: Job, rank: int, size: int, cell: int) -> None:
+    """The process of one cell."""
+    end_with_parent()
+    # A layer that is compiled anew for every other would run uncompiled from the ninth on.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # It would cut the model at buckets of gradients, and attention with it.
+    torch._dynamo.config.optimize_ddp = False
+    try:
+        if size > 1:
+            _join(job, rank, size, cell)
+        rows = run_job(job, World(rank, size), lambda text: connection.send(("doing", text)))
+        if size > 1:
+            dist.destroy_process_group()
+        connection.send(("done", rows))
+    except CELL_ERRORS as error:
+        short = out_of_memory(error)
+        status = "oom" if short else "unsupported" if isinstance(error, UNSUPPORTED) else "crash"
+        connection.send(("failed", status, one_line(error)))
+
+
+def _join(job: Job, rank: int, size: int, cell: int) -> None:
+    """Meets the processes of the other ranks, for this cell alone."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    device = torch.device(job.group.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=dist.PrefixStore(f"cell/{cell}", store), rank=rank,
+        world_size=size, device_id=device if on_gpu else None,
+    )  # fmt: skip

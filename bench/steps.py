@@ -1,0 +1,339 @@
+"""One model under one method: gated, then trained and timed, in a process of its own.
+
+Weights, gradients and the optimiser's moments are bfloat16 on a GPU and float32 on a CPU. A step
+is forward, backward and AdamW, on new tokens every time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from bench import chip, timing
+from bench.ceilings import measure_ceilings
+from bench.cells import Cell, Group, Prepared, rows_of
+from bench.measure import Clockwork, Machine, measure_group
+from bench.models import Model, build, compile_model, parameters, recompute_layers
+from bench.record import STEP, Row, environment
+from bench.sampling import Series
+from bench.specs import parse_method
+from bench.step_attention import IDENTITY, step_attention
+from methods import Method
+
+BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
+BYTES = 256  # tokens of a text
+# In names of kernels: FlexAttention's by torch, and those of the libraries.
+ATTENTION = re.compile(r"flex_attention|flash|fmha|sdpa|attention|attn", re.IGNORECASE)
+GATE = ("allowed_pairs", "computed_pairs", "error_out", "error_dq", "error_dk", "error_dv",
+        "error_budget")  # fmt: skip
+# Of the attention call by itself, whose speed-up bounds that of a step.
+CALL_ROUNDS, CALL_SECONDS = 10, 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One cell of a training run.
+
+    Attributes:
+        group: with one cell; batch is the sequences of each process.
+        steps: that are timed, after `warmup` others.
+        text: trains on its bytes; random tokens where None.
+        checkpointing: whether layers are computed again in the backward.
+        shard: FSDP2 in place of DDP, where there are several processes.
+    """
+
+    group: Group
+    model: Model
+    steps: int
+    warmup: int
+    learning_rate: float
+    text: Path | None
+    checkpointing: bool
+    compiled: bool
+    shard: bool
+
+    @property
+    def cell(self) -> Cell:
+        return self.group.cells[0]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+
+    def maxima(self, values: Sequence[float], device: torch.device) -> list[float]:
+        return self._reduced(values, device, dist.ReduceOp.MAX)
+
+    def means(self, values: Sequence[float], device: torch.device) -> list[float]:
+        return [x / self.size for x in self._reduced(values, device, dist.ReduceOp.SUM)]
+
+    def _reduced(
+        self, values: Sequence[float], device: torch.device, by: dist.ReduceOp
+    ) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        together = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(together, by)
+        return together.tolist()
+
+
+def method_of(cell: Cell) -> Method:
+    return IDENTITY if cell.method == IDENTITY.name else parse_method(cell.method)
+
+
+def unfinished(job: Job, world_size: int, status: str, reason: str) -> Prepared:
+    """What is known of a cell that could not be measured."""
+    prepared = Prepared(job.cell, method_of(job.cell))
+    prepared.facts = _about(job, world_size)
+    prepared.refused[STEP] = (status, reason)
+    return prepared
+
+
+def _about(job: Job, world_size: int) -> dict:
+    data = job.text.name if job.text else "random"
+    return {"model": job.model.name, "world_size": world_size, "data": data}
+
+
+def run_job(job: Job, world: World, announce: Callable[[str], None]) -> list[Row]:
+    """Rows of one cell: of the attention call by itself, and of the step.
+
+    Args:
+        announce: told of what is about to happen.
+    """
+    device = torch.device(job.group.device)
+    machine = Machine(environment(device), measure_ceilings(device), chip.reader(device))
+    prepared = Prepared(job.cell, method_of(job.cell), facts=_about(job, world.size))
+    rows: list[Row] = []
+    if prepared.method != IDENTITY:
+        announce("the gate")
+        rows = _call_rows(job, machine, device, announce)
+        prepared.facts |= {name: getattr(rows[0], name) for name in GATE}
+        failed = next((row for row in rows if row.status != "ok"), None)
+        if failed is not None:
+            prepared.refused[STEP] = (failed.status, f"attention by itself: {failed.reason}")
+    else:
+        prepared.facts["allowed_pairs"] = 0
+    if STEP not in prepared.refused:
+        _Training(job, world, device, prepared).measure(machine, announce)
+    return rows + rows_of(job.group, machine.env, prepared, machine.ceilings)
+
+
+def _call_rows(
+    job: Job, machine: Machine, device: torch.device, announce: Callable[[str], None]
+) -> list[Row]:
+    """The attention call at the model's own shape, judged and timed as a sweep does it."""
+    group = replace(
+        job.group, phases=("fwd_bwd",), rounds=CALL_ROUNDS, seconds=CALL_SECONDS, shared=False
+    )
+    timing.use_side_stream(device)  # for its capture
+    try:
+        measured = measure_group(group, machine, lambda _: announce("the gate"), Clockwork())
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.default_stream(device))
+    return measured[job.cell]
+
+
+class _Training:
+    """A model, its optimiser and its tokens."""
+
+    def __init__(self, job: Job, world: World, device: torch.device, prepared: Prepared) -> None:
+        self.job, self.world, self.device, self.prepared = job, world, device, prepared
+        p = job.group.problem
+        attention = step_attention(
+            prepared.method, job.cell.backend, p, device, job.compiled
+        )  # fmt: skip
+        model = build(
+            job.model, attention.call, p.seq_len, p.torch_dtype, device, job.group.seed
+        )  # fmt: skip
+        flops = model.step_flops(job.model, p.batch, p.seq_len, prepared.facts["allowed_pairs"])
+        prepared.facts |= {"parameters": parameters(model), "model_flops": flops}
+        shard = job.shard and world.size > 1
+        if job.compiled:
+            compile_model(model, attention, by_layer=shard or job.checkpointing)
+        if job.checkpointing:
+            recompute_layers(model)
+        self.model = _spread(model, world, device, shard)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=job.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY,
+            fused=True,
+        )  # fmt: skip
+        self.next_tokens = tokens(job, world, device)
+        self.losses: list[Tensor] = []
+
+    def step(self) -> None:
+        ids, targets = self.next_tokens()
+        loss = self.model(ids, targets)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.detach())
+
+    def measure(self, machine: Machine, announce: Callable[[str], None]) -> None:
+        """Fills in what the row of the step holds."""
+        facts, device = self.prepared.facts, self.device
+        for number in range(self.job.warmup):
+            announce(f"step {number + 1} of the warm-up")
+            self.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        times, readings = step_times(
+            self.step, device, self.job.steps, machine.read_chip, lambda: announce("a step")
+        )
+        times = self.world.maxima(times, device)  # a step ends with the last process
+        losses = self.world.means([float(loss) for loss in self.losses], device)
+        if device.type == "cuda":
+            peak = float(torch.cuda.max_memory_allocated(device))
+            facts["peak_bytes"] = round(self.world.maxima([peak], device)[0])
+        facts["losses"] = ";".join(f"{loss:.5g}" for loss in losses)
+        if wrong := [k for k, loss in enumerate(losses, 1) if not abs(loss) < float("inf")]:
+            self.prepared.refused[STEP] = ("mismatch", f"the loss of step {wrong[0]} is no number")
+            facts["losses"] = None
+            return
+        series = self.prepared.series[STEP, "host"] = Series()
+        for number, (us, reading) in enumerate(zip(times, readings, strict=True)):
+            series.keep(number, us, reading)
+        # The profiler makes later launches slower, so it comes last.
+        announce("the profiled step")
+        is_attention = self.prepared.method != IDENTITY
+        facts["attention_us"], facts["other_us"] = kernel_split(self.step, device, is_attention)
+
+
+def _spread(
+    model: nn.Module, world: World, device: torch.device, shard: bool
+) -> nn.Module:  # fmt: skip
+    """The model over all processes; gradients are averaged."""
+    if world.size == 1:
+        return model
+    if shard:
+        for layer in model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+    own = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True)
+
+
+def tokens(job: Job, world: World, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What gives the next batch: ids and next ids, int64 [B, N], on the device.
+
+    The same for every method, and for every process other tokens.
+
+    Raises:
+        OSError, ValueError: the text cannot be used.
+    """
+    p = job.group.problem
+    generator = torch.Generator(device).manual_seed(job.group.seed + (world.rank << 32))
+    if job.text is None:
+
+        def draw() -> Tensor:
+            shape = (p.batch, p.seq_len + 1)
+            return torch.randint(
+                job.model.vocabulary, shape, generator=generator, device=device
+            )  # fmt: skip
+    else:
+        text = read_text(job.text, p.seq_len, job.model.vocabulary).to(device)
+        places = torch.arange(p.seq_len + 1, device=device)
+
+        def draw() -> Tensor:
+            last = len(text) - p.seq_len
+            starts = torch.randint(last, (p.batch, 1), generator=generator, device=device)
+            return text[starts + places].long()
+
+    def following() -> tuple[Tensor, Tensor]:
+        drawn = draw()
+        return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+
+    return following
+
+
+def read_text(path: Path, seq_len: int, vocabulary: int) -> Tensor:
+    """The bytes of a file, uint8; each is a token.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too short, or the model has too few tokens.
+    """
+    content = path.read_bytes()
+    if len(content) <= seq_len:
+        raise ValueError(
+            f"--text {path} has {len(content)} bytes; N = {seq_len} needs at least {seq_len + 1}"
+        )
+    if vocabulary < BYTES:
+        raise ValueError(f"--text needs {BYTES} tokens, one a byte; the model has {vocabulary}")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def step_times(
+    step: Callable[[], None], device: torch.device, count: int, read_chip: chip.Reader,
+    announce: Callable[[], None],
+) -> tuple[list[float], list[chip.Reading | None]]:  # fmt: skip
+    """Microseconds from the end of one step to the end of the next, and the chip's state then.
+
+    A step is launched before the end of the last one is waited for: a training loop, too, does
+    not wait for its loss.
+    """
+    marks, readings = [_mark(device)], []
+    for _ in range(count):
+        announce()
+        step()
+        marks.append(_mark(device))
+        if device.type == "cuda":
+            marks[-2].synchronize()
+        readings.append(read_chip())
+    if device.type == "cpu":
+        return [(b - a) * 1e6 for a, b in itertools.pairwise(marks)], readings
+    marks[-1].synchronize()
+    return [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(marks)], readings
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | float:
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def kernel_split(
+    step: Callable[[], None], device: torch.device, is_attention: bool
+) -> tuple[float | None, float | None]:
+    """Microseconds of one step in kernels of attention, and in others, by their names.
+
+    What runs at once counts once, as attention. None on a CPU, and where no kernel is named
+    for attention though there is some.
+    """
+    if device.type == "cpu":
+        return None, None
+    timing.kernel_events(step, device)  # the profiler's own start
+    spans = [
+        (event.time_range.start, event.time_range.end, bool(ATTENTION.search(event.name)))
+        for event in timing.kernel_events(step, device)
+        if not event.is_user_annotation
+    ]
+    attention = covered((start, end) for start, end, named in spans if named)
+    if is_attention and not attention:
+        return None, None
+    return attention, covered((start, end) for start, end, _ in spans) - attention
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

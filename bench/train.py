@@ -1,0 +1,301 @@
+"""Training throughput: models x lengths x methods -> rows of steps, tables and figures."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bench import train_report
+from bench.backends import BACKENDS
+from bench.cells import Cell, Group, rows_of
+from bench.derived import BASELINE
+from bench.models import MODELS, Model, build, model_of_file, parameters, with_options
+from bench.ranks import JobFailed, Ranks, run_apart
+from bench.record import ROOT, STEP, Environment, Row, Store, code_hash, environment
+from bench.specs import parameters_text, parse_method, source_file
+from bench.step_attention import BLOCK, IDENTITY, trains
+from bench.steps import Job, method_of, read_text, unfinished
+from bench.sweep import check_run_name, named_device
+from bench.worker import SPAWN
+from methods import METHODS, Problem
+
+LARGE = 10**9  # parameters; from here on a model is sharded rather than copied to every GPU
+LAST_WORD = timedelta(seconds=60)  # that other ranks wait for what rank 0 has to write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Measure tokens/s of training a model, by method; with torchrun on several GPUs.
+
+    A step is forward, backward and AdamW. `standard` is always measured, and the same model with
+    q + k + v in place of attention: no method gets above that.
+    """
+
+    model: str = "table2"
+    """table2, olmoe-0.25b-1.75b or olmoe-1b-7b."""
+    model_config: Path | None = None
+    """Instead, a config.json of transformers: any causal language model with plain attention."""
+    methods: tuple[str, ...] = tuple(name for name in METHODS if not trains(METHODS[name]))
+    """Presets, NAME:parameter=value,... or FILE.py:NAME for a method of your own."""
+    backends: tuple[str, ...] | None = None
+    """Ways to run them; default flex, sdpa-flash and sdpa-cudnn on a GPU, blockwise and
+    sdpa-flash on a CPU."""
+    seq_len: tuple[int, ...] = (1024,)
+    """Tokens a sequence."""
+    tokens: int | None = None
+    """Tokens a step of each process: so many divided by the length are its sequences; default
+    32768 on a GPU, 2048 on a CPU."""
+    steps: int = 30
+    """Steps that are timed."""
+    warmup: int = 10
+    """Steps before them."""
+    learning_rate: float = 3e-4
+    """Of AdamW; it stays the same."""
+    text: Path | None = None
+    """Train on the bytes of this file, each a token; default random tokens."""
+    checkpointing: bool = False
+    """Compute layers again in the backward, to save memory."""
+    compiled: bool = True
+    """Compile the model; without it, flex is still compiled on its own."""
+    shard: bool | None = None
+    """On several GPUs FSDP2 in place of DDP; default for models of a billion parameters or
+    more."""
+    device: str | None = None
+    """cpu or cuda:0; by default a GPU where there is one, and its own for every rank."""
+    time_limit: float = 900.0
+    """Seconds without progress after which a cell is given up."""
+    seed: int = 0
+    """Seed of weights and tokens, the same for every method."""
+    run: str | None = None
+    """Name of results/NAME.csv and plots/NAME/; default train, model and UTC time."""
+    output: str | None = None
+    """Folder that holds results/ and plots/; default this repository."""
+    resume: bool = False
+    """Go on with a run of that name; what is complete is not measured again, and a failure is
+    complete: delete its line to have it tried again."""
+
+
+def train(request: Train, console: Console) -> int:
+    """Runs the cells of a request; returns the exit status.
+
+    Raises:
+        ValueError: the request is wrong; nothing was run or written.
+    """
+    ranks = Ranks.of_environment()
+    jobs = expand(request, ranks)
+    if ranks.rank > 0:
+        return _follow(jobs, request, ranks)
+    base = Path(request.output) if request.output else ROOT
+    run = jobs[0].group.run
+    path, plots = base / "results" / f"{run}.csv", base / "plots" / run
+    if path.exists() and not request.resume:
+        raise ValueError(f"{path} exists; choose another --run, or go on with it by --resume")
+    _introduce(jobs[0], ranks, console)
+    with Store(path) as store:
+        rows = _Run(jobs, request, ranks, store, console).measure()
+    train_report.print_training(rows, console)
+    drawn = train_report.draw_training(rows, plots)
+    console.print(f"rows: {path}\nfigures: {plots} ({len(drawn)} files)", highlight=False)
+    if ranks.store is not None:
+        ranks.store.set("written", "")
+    return 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
+
+
+def expand(request: Train, ranks: Ranks) -> list[Job]:
+    """Jobs of a request, the baseline and the identity first at every length.
+
+    Raises:
+        ValueError, OSError: a value is wrong, in one line.
+    """
+    _check(request)
+    model = _model(request)
+    device = named_device(request.device)
+    if device.type == "cuda" and ranks.size > 1:
+        device = named_device(f"cuda:{ranks.local}")
+    size = parameters(_on_meta(model))
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    run = request.run or f"train-{model.name.replace(' ', '-')}-{stamp}"
+    check_run_name(run)
+    tokens = request.tokens or (32768 if device.type == "cuda" else 2048)
+    jobs = []
+    for n in dict.fromkeys(request.seq_len):
+        problem = Problem(
+            batch=_sequences(tokens, n), q_heads=model.heads, kv_heads=model.kv_heads,
+            seq_len=n, head_dim=model.head_dim,
+            dtype="bfloat16" if device.type == "cuda" else "float32",
+        )  # fmt: skip
+        if request.text:
+            read_text(request.text, n, model.vocabulary)
+        for cell in _cells(request, device):
+            group = Group(
+                problem=problem, block_size=BLOCK, cells=(cell,), phases=(STEP,),
+                device=str(device), seed=request.seed, rounds=request.steps, seconds=0.0, run=run,
+                shared=False,
+            )  # fmt: skip
+            jobs.append(
+                Job(
+                    group=group, model=model, steps=request.steps, warmup=request.warmup,
+                    learning_rate=request.learning_rate, text=request.text,
+                    checkpointing=request.checkpointing, compiled=request.compiled,
+                    shard=size >= LARGE if request.shard is None else request.shard,
+                )
+            )  # fmt: skip
+    return jobs
+
+
+def _check(request: Train) -> None:
+    for name in ("steps", "warmup", "time_limit", "learning_rate", "tokens"):
+        given = getattr(request, name)
+        if given is not None and not given > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be above 0")
+    for name in ("seq_len", "methods", "backends"):
+        if getattr(request, name) == ():
+            raise ValueError(f"--{name.replace('_', '-')} is an empty list; name at least one")
+    if not 0 <= request.seed < 1 << 32:
+        raise ValueError(f"--seed is {request.seed}; it must be 0 to {(1 << 32) - 1}")
+
+
+def _model(request: Train) -> Model:
+    if request.model_config is not None:
+        model = model_of_file(request.model_config)
+    elif request.model in MODELS:
+        model = MODELS[request.model]
+    else:
+        raise ValueError(f"--model is {request.model!r}; it takes {', '.join(MODELS)}")
+    return with_options(model, checkpointing=request.checkpointing, compiled=request.compiled)
+
+
+def _on_meta(model: Model) -> torch.nn.Module:
+    """The model without its weights, which can be counted all the same."""
+    return build(model, lambda q, k, v: v, 1, torch.bfloat16, torch.device("meta"), 0)
+
+
+def _sequences(tokens: int, seq_len: int) -> int:
+    if seq_len < 1 or tokens % seq_len:
+        raise ValueError(f"--tokens is {tokens}; it must be a multiple of --seq-len {seq_len}")
+    return tokens // seq_len
+
+
+def _cells(request: Train, device: torch.device) -> list[Cell]:
+    on_gpu = device.type == "cuda"
+    default = ("flex", "sdpa-flash", "sdpa-cudnn") if on_gpu else ("blockwise", "sdpa-flash")
+    backends = tuple(dict.fromkeys(request.backends or default))
+    for name in backends:
+        if name not in BACKENDS:
+            raise ValueError(f"--backends has {name!r}; it takes {', '.join(BACKENDS)}")
+        if missing := BACKENDS[name].missing(device):
+            raise ValueError(f"--backends has {name!r}, which this machine lacks: {missing}")
+    specs = {parse_method(spec): spec for spec in reversed((BASELINE, *request.methods))}
+    cells = []
+    for method, spec in reversed(specs.items()):
+        if why := trains(method):
+            raise ValueError(f"--methods has {spec!r}; {why}")
+        able = [Cell(spec, name) for name in backends if BACKENDS[name].computes(method)]
+        if not able:
+            raise ValueError(f"none of --backends {', '.join(backends)} computes {spec!r}")
+        cells += able
+    first = sum(cell.method == BASELINE for cell in cells)
+    return [*cells[:first], Cell(IDENTITY.name, IDENTITY.name), *cells[first:]]
+
+
+def _introduce(job: Job, ranks: Ranks, console: Console) -> None:
+    model = _on_meta(job.model)
+    processes = ""
+    if ranks.size > 1:
+        processes = f" · {ranks.size} processes, {'FSDP2' if job.shard else 'DDP'}"
+    console.print(
+        f"{job.model.name}: {parameters(model):,} parameters, {model.active_weights:,} of them in "
+        f"the products of one token · {job.group.problem.dtype}{processes}",
+        highlight=False,
+    )
+
+
+def _follow(jobs: Sequence[Job], request: Train, ranks: Ranks) -> int:
+    """What a rank does that writes nothing."""
+    failed = False
+    for number in ranks.agree("todo", None):
+        try:
+            run_apart(jobs[number], ranks, number, request.time_limit, lambda text: None)
+        except JobFailed as failure:
+            failed = True
+            if failure.status in ("crash", "timeout"):
+                break
+    with contextlib.suppress(RuntimeError):  # rank 0 is gone, or hangs
+        ranks.store.wait(["written"], LAST_WORD)
+    return 1 if failed else 0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The cells of a run, one after another, and where their rows go."""
+
+    jobs: Sequence[Job]
+    request: Train
+    ranks: Ranks
+    store: Store
+    console: Console
+
+    def measure(self) -> list[Row]:
+        """All rows of the file; those of a cell are on disk before the next begins."""
+        with ProcessPoolExecutor(1, SPAWN) as pool:  # the device is not for this process
+            device = torch.device(self.jobs[0].group.device)
+            env = pool.submit(environment, device).result()
+        rows = list(self.store.rows)
+        todo = [k for k, job in enumerate(self.jobs) if not self._complete(job, rows, env)]
+        for number in self.ranks.agree("todo", todo):
+            measured, lost = self._one(number, env)
+            self.store.append(measured)
+            rows += measured
+            self._say(measured[-1])
+            if lost and self.ranks.size > 1:
+                break  # a rank is gone, and maybe its device
+        return rows
+
+    def _one(self, number: int, env: Environment) -> tuple[list[Row], bool]:
+        """Rows of a cell, and whether a process of it died."""
+        job, limit = self.jobs[number], self.request.time_limit
+        p, cell = job.group.problem, job.cell
+        title = f"N {p.seq_len}, {cell.method}, {cell.backend}"
+        with self.console.status(title) as status:
+            try:
+                return run_apart(
+                    job, self.ranks, number, limit, lambda text: status.update(f"{title}: {text}")
+                ), False
+            except JobFailed as failure:
+                rows = self._failed(job, env, failure.status, failure.reason)
+                return rows, failure.status in ("crash", "timeout")
+            except KeyboardInterrupt as stop:
+                # torchrun ends the ranks that are left by SIGTERM; a person's Ctrl-C is SIGINT.
+                if self.ranks.size > 1 and stop.args:
+                    reason = "ended by SIGTERM: another rank ended, or the run was ended"
+                    self.store.append(self._failed(job, env, "crash", reason))
+                raise
+
+    def _failed(self, job: Job, env: Environment, status: str, reason: str) -> list[Row]:
+        return rows_of(job.group, env, unfinished(job, self.ranks.size, status, reason), None)
+
+    def _complete(self, job: Job, rows: Sequence[Row], env: Environment) -> bool:
+        """Whether a cell has a row of this code and environment."""
+        method, path = method_of(job.cell), source_file(job.cell.method)
+        names = [f.name for f in fields(Environment) if f.name not in ("git_sha", "code")]
+        wanted = {name: getattr(env, name) for name in names} | {
+            "code": code_hash([path]) if path else env.code, "problem": job.group.problem,
+            "method": method.name, "params": parameters_text(method), "phase": STEP,
+            "backend": job.cell.backend, "model": job.model.name,
+            "world_size": self.ranks.size, "data": job.text.name if job.text else "random",
+        }  # fmt: skip
+        return any(all(getattr(row, k) == v for k, v in wanted.items()) for row in rows)
+
+    def _say(self, row: Row) -> None:
+        told = train_report.one_line(row)
+        self.console.print(
+            f"N {row.seq_len}  {row.method}  {row.backend}: {told}", highlight=False
+        )
