@@ -32,6 +32,7 @@ from methods import Method
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
 BYTES = 256  # tokens of a text
+RANK_APART = 1_000_003  # seeds of neighbouring ranks; a CPU takes 32 bits of a seed
 # In names of kernels: FlexAttention's by torch, and those of the libraries.
 ATTENTION = re.compile(r"flex_attention|flash|fmha|sdpa|attention|attn", re.IGNORECASE)
 GATE = ("allowed_pairs", "computed_pairs", "error_out", "error_dq", "error_dk", "error_dv",
@@ -236,7 +237,7 @@ def tokens(job: Job, world: World, device: torch.device) -> Callable[[], tuple[T
         OSError, ValueError: the text cannot be used.
     """
     p = job.group.problem
-    generator = torch.Generator(device).manual_seed(job.group.seed + (world.rank << 32))
+    generator = torch.Generator(device).manual_seed(job.group.seed + RANK_APART * world.rank)
     if job.text is None:
 
         def draw() -> Tensor:

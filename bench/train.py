@@ -33,7 +33,9 @@ LAST_WORD = timedelta(seconds=60)  # that other ranks wait for what rank 0 has t
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Measure tokens/s of training a model, by method; with torchrun on several GPUs.
+    """Measure tokens/s of training a model, by method.
+
+    On several GPUs: torchrun --nproc-per-node 2 -- run_bench.py train ...
 
     A step is forward, backward and AdamW. `standard` is always measured, and the same model with
     q + k + v in place of attention: no method gets above that.
@@ -110,7 +112,7 @@ def train(request: Train, console: Console) -> int:
 
 
 def expand(request: Train, ranks: Ranks) -> list[Job]:
-    """Jobs of a request, the baseline and the identity first at every length.
+    """Jobs of a request: at every length the baseline first and the identity last.
 
     Raises:
         ValueError, OSError: a value is wrong, in one line.
@@ -202,8 +204,7 @@ def _cells(request: Train, device: torch.device) -> list[Cell]:
         if not able:
             raise ValueError(f"none of --backends {', '.join(backends)} computes {spec!r}")
         cells += able
-    first = sum(cell.method == BASELINE for cell in cells)
-    return [*cells[:first], Cell(IDENTITY.name, IDENTITY.name), *cells[first:]]
+    return [*cells, Cell(IDENTITY.name, IDENTITY.name)]
 
 
 def _introduce(job: Job, ranks: Ranks, console: Console) -> None:

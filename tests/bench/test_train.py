@@ -1,0 +1,476 @@
+"""Training throughput: models, steps, ranks, and what is derived from their rows."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+
+import run_bench
+from bench import steps, train, train_report
+from bench.backends import BACKENDS
+from bench.cells import Cell, Group
+from bench.chip import Reading
+from bench.models import MODELS, Model, build, compile_model, model_of_file, parameters
+from bench.ranks import JobFailed, Ranks, run_apart
+from bench.record import ROOT, read_rows
+from bench.step_attention import IDENTITY, step_attention
+from bench.steps import Job, World, run_job
+from methods import METHODS, Problem
+from methods.huggingface import register
+from tests.bench.rows import make_row
+
+CPU = torch.device("cpu")
+TINY = Model("tiny", layers=2, heads=4, kv_heads=4, hidden=64, head_dim=16, vocabulary=256)
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
+}  # fmt: skip
+OLMOE = {
+    "model_type": "olmoe", "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "num_experts": 4,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_calls(monkeypatch):
+    monkeypatch.setattr(steps, "CALL_SECONDS", 0.0)
+
+
+def config_file(folder, values, name="tiny.json"):
+    path = folder / name
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return path
+
+
+def job(method="standard", backend="blockwise", model=TINY, **changes):
+    p = Problem(batch=2, q_heads=model.heads, kv_heads=model.kv_heads, seq_len=64,
+                head_dim=model.head_dim, dtype="float32")  # fmt: skip
+    group = Group(
+        problem=p, block_size=(128, 128), cells=(Cell(method, backend),), phases=("step",),
+        device="cpu", seed=0, rounds=3, seconds=0.0, run="test", shared=False,
+    )  # fmt: skip
+    values = {
+        "steps": 4, "warmup": 1, "learning_rate": 1e-3, "text": None, "checkpointing": False,
+        "compiled": False, "shard": False,
+    }  # fmt: skip
+    return Job(group=group, model=model, **values | changes)
+
+
+def step_row(given):
+    return run_job(given, World(), lambda text: None)[-1]
+
+
+def losses(row):
+    return [float(loss) for loss in row.losses.split(";")]
+
+
+def built(model, method="standard", backend="blockwise", compiled=False):
+    p = replace(job(model=model).group.problem, q_heads=model.heads, kv_heads=model.kv_heads)
+    attention = step_attention(METHODS.get(method, IDENTITY), backend, p, CPU, compiled)
+    return build(model, attention.call, 64, torch.float32, CPU, 0), attention
+
+
+def some_ids(seed=0):
+    drawn = torch.randint(256, (2, 65), generator=torch.Generator().manual_seed(seed))
+    return drawn[:, :-1], drawn[:, 1:]
+
+
+# Layers: 12 hidden^2 and two norms; tables; OLMoE: attention, its two norms, router, experts.
+def _olmoe_parameters(hidden, expert):
+    layer = 4 * hidden**2 + 2 * hidden + 2 * hidden + 64 * hidden + 64 * 3 * hidden * expert
+    return 16 * layer + 2 * 50304 * hidden + hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("table2", 8 * (12 * 1024**2 + 2 * 1024) + 50304 * 1024 + 1024),
+        ("olmoe-0.25b-1.75b", _olmoe_parameters(1024, 512)),
+        ("olmoe-1b-7b", _olmoe_parameters(2048, 1024)),
+    ],
+)
+def test_parameters_of_the_named_models(name, expected):
+    model = build(MODELS[name], None, 8, torch.bfloat16, torch.device("meta"), 0)
+    assert parameters(model) == expected
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
+
+
+def test_the_arithmetic_of_a_step_counts_what_a_token_takes_part_in():
+    model = build(MODELS["table2"], None, 8, torch.bfloat16, torch.device("meta"), 0)
+    weights = 8 * 12 * 1024**2 + 50304 * 1024
+    assert model.step_flops(MODELS["table2"], 3, 1024, 1000) == 3 * (
+        6 * weights * 1024 + 8 * 14 * 128 * 1000
+    )
+    moe = build(MODELS["olmoe-0.25b-1.75b"], None, 8, torch.bfloat16, torch.device("meta"), 0)
+    layer = 4 * 1024**2 + 64 * 1024 + 8 * 3 * 1024 * 512
+    assert moe.active_weights == 16 * layer + 50304 * 1024
+
+
+def test_a_token_reaches_later_positions_and_no_earlier_one():
+    model, _ = built(TINY)
+    ids, _ = some_ids()
+    other = ids.clone()
+    other[0, 40] = (other[0, 40] + 1) % 256
+    with torch.no_grad():
+        moved = (model.body(ids) - model.body(other)).abs().amax(-1)
+    assert moved[0, :40].max() == 0 and moved[1].max() == 0
+    assert (moved[0, 40:] > 0).all()
+
+
+@pytest.mark.parametrize("config", [LLAMA, OLMOE], ids=["llama", "olmoe"])
+@pytest.mark.parametrize("method", ["standard", "spattention"])
+def test_a_model_of_transformers_is_the_one_with_a_registered_method(tmp_path, config, method):
+    from transformers import AttentionInterface
+
+    model, _ = built(model_of_file(config_file(tmp_path, config)), method)
+    ids, targets = some_ids()
+    with torch.no_grad():
+        here = model(ids, targets)
+        (name,) = register({"registered": method}, backend="blockwise")
+        assert name in AttentionInterface()
+        model.body.set_attn_implementation(name)
+        assert here != 0
+        torch.testing.assert_close(here, model(ids, targets), atol=1e-6, rtol=1e-6)
+
+
+# Said by torch where a graph takes a tensor with a gradient from outside.
+NO_LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@NO_LEAF
+@pytest.mark.parametrize("config", [None, OLMOE], ids=["decoder", "olmoe"])
+def test_a_compiled_model_is_the_same_and_its_layers_share_a_graph(tmp_path, monkeypatch, config):
+    source = config and config_file(tmp_path, config | {"num_hidden_layers": 10})
+    given = model_of_file(source) if source else TINY
+    model, attention = built(given, "standard", "sdpa-flash", compiled=True)
+    assert attention.inlined
+    ids, targets = some_ids()
+    expected = model(ids, targets)
+    compile_once = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kwargs: compile_once(f, backend="aot_eager", **kwargs)
+    )
+    torch.compiler.reset()
+    before = counters["stats"]["unique_graphs"]
+    compile_model(model, attention, by_layer=False)
+    found = model(ids, targets)
+    assert counters["stats"]["unique_graphs"] - before == (2 if config else 1)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert all(x.grad.isfinite().all() for x in model.parameters())
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@NO_LEAF
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("config", "shard"), [(None, False), (None, True), (OLMOE, True)],
+    ids=["DDP", "FSDP2", "FSDP2 of experts"],
+)  # fmt: skip
+def test_a_model_over_processes_trains_as_by_itself(
+    tmp_path, monkeypatch, alone, config, shard, compiled
+):
+    compile_once = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kwargs: compile_once(f, backend="aot_eager", **kwargs)
+    )
+    torch.compiler.reset()
+    # One process stands for two, so a sum over both is its own value.
+    monkeypatch.setattr(World, "means", lambda self, values, device: list(values))
+    model = model_of_file(config_file(tmp_path, config)) if config else TINY
+    given = job(backend="sdpa-flash", model=model, compiled=compiled)
+    single = losses(step_row(given))
+    for checkpointing in (False, True):
+        spread = replace(given, shard=shard, checkpointing=checkpointing)
+        with torch._dynamo.config.patch(optimize_ddp=False, fail_on_recompile_limit_hit=True):
+            row = run_job(spread, World(0, 2), lambda text: None)[-1]
+        assert (row.status, row.world_size) == ("ok", 2)
+        assert losses(row) == pytest.approx(single, abs=2e-4)
+
+
+def test_the_losses_of_backends_and_options_agree():
+    reference = step_row(job())
+    assert reference.status == "ok" and len(losses(reference)) == 5
+    for other in (job(backend="sdpa-flash"), job(checkpointing=True)):
+        row = step_row(other)
+        assert row.status == "ok"
+        # Five digits are written; float32 sums in another order are far below them.
+        assert losses(row) == pytest.approx(losses(reference), abs=2e-4)
+    sparse = step_row(job("spattention"))
+    assert losses(sparse) != pytest.approx(losses(reference), abs=2e-4)
+
+
+def test_a_row_holds_what_a_step_needs(monkeypatch):
+    slow = Reading(1000, 300.0, 50, ("thermal",))
+    fine = Reading(1980, 500.0, 40, ())
+    seen = iter([slow] + 100 * [fine])
+    monkeypatch.setattr(steps.chip, "reader", lambda device: lambda: next(seen, fine))
+    monkeypatch.setattr(steps, "_call_rows", lambda *args: [make_row(allowed_pairs=8320)])
+    row = step_row(job())
+    assert (row.phase, row.clock, row.world_size, row.model) == ("step", "host", 1, "tiny")
+    assert (row.data, row.q_heads, row.batch, row.rounds) == ("random", 4, 2, None)
+    assert (row.discarded, len(row.samples), row.sm_mhz) == (1, 3, 1980)
+    assert row.parameters == 2 * (12 * 64**2 + 2 * 64) + 256 * 64 + 64
+    assert row.model_flops == 2 * (6 * (2 * 12 * 64**2 + 256 * 64) * 64 + 2 * 14 * 16 * 8320)
+
+
+def test_the_call_of_a_model_is_gated_and_timed_before_it_trains(monkeypatch):
+    call, step = run_job(job("spattention"), World(), lambda text: None)
+    assert (call.phase, call.status, step.status) == ("fwd_bwd", "ok", "ok")
+    assert 0 < step.error_budget == call.error_budget <= 1
+    assert step.allowed_pairs == call.allowed_pairs == 64 * 65 // 2
+    right = BACKENDS["blockwise"]
+
+    def wrong(*args):
+        run = right.build(*args)
+        return lambda q, k, v: (1.1 * run(q, k, v)[0], None)
+
+    monkeypatch.setitem(BACKENDS, "blockwise", replace(right, build=wrong))
+    monkeypatch.setattr(steps, "build", lambda *args: pytest.fail("a model was built"))
+    row = step_row(job("spattention"))
+    assert row.status == "mismatch" and row.median_us is None
+    assert row.reason.startswith("attention by itself: ")
+
+
+def test_the_identity_is_a_row_and_keeps_every_projection(tmp_path):
+    row = step_row(job("identity", "identity"))
+    assert (row.status, row.method, row.allowed_pairs) == ("ok", "identity", 0)
+    model, _ = built(model_of_file(config_file(tmp_path, LLAMA)), "identity")
+    model(*some_ids()).backward()
+    assert all(x.grad.abs().max() > 0 for x in model.parameters())
+
+
+def test_a_loss_that_is_no_number_is_a_mismatch():
+    row = step_row(job(learning_rate=1e30))
+    assert (row.status, row.median_us, row.losses) == ("mismatch", None, None)
+    assert "is no number" in row.reason
+
+
+def test_tokens_of_a_text_are_its_bytes_and_differ_by_rank(tmp_path):
+    text = tmp_path / "text"
+    text.write_bytes(bytes(range(256)) * 2)
+    draw = steps.tokens(job(text=text), World(), CPU)
+    ids, targets = draw()
+    assert ids.shape == targets.shape == (2, 64)
+    assert ((ids + 1) % 256).equal(targets)
+    assert not draw()[0].equal(ids)
+    assert steps.tokens(job(text=text), World(), CPU)()[0].equal(ids)
+    assert not steps.tokens(job(text=text), World(1, 2), CPU)()[0].equal(ids)
+
+
+def test_kernels_are_split_by_name_and_what_overlaps_counts_once(monkeypatch):
+    def event(name, start, end, annotation=False):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, time_range=span, is_user_annotation=annotation)
+
+    events = [
+        event("## Call CompiledFxGraph ##", 0, 1000, True), event("gemm", 0, 10),
+        event("triton_tem_fused_flex_attention_0", 10, 30), event("ncclDevKernel", 25, 45),
+        event("pytorch_flash::flash_fwd_kernel", 50, 55),
+    ]  # fmt: skip
+    monkeypatch.setattr(steps.timing, "kernel_events", lambda step, device: events)
+    cuda = torch.device("cuda:0")
+    assert steps.kernel_split(None, cuda, True) == (25, 25)
+    del events[2], events[-1]
+    assert steps.kernel_split(None, cuda, True) == (None, None)
+    assert steps.kernel_split(None, cuda, False) == (0, 30)
+    assert steps.kernel_split(None, CPU, True) == (None, None)
+
+
+def made(method="standard", us=100.0, **changes):
+    return make_row(
+        **{
+            "method": method, "phase": "step", "clock": "host", "median_us": us, "batch": 4,
+            "seq_len": 1024, "model": "m", "world_size": 1, "data": "random",
+        } | changes
+    )  # fmt: skip
+
+
+def test_rates_speed_ups_and_ceilings_follow_from_the_rows():
+    call = {"batch": 4, "seq_len": 1024}
+    rows = [
+        made(backend="flex", us=200.0), made(backend="sdpa-cudnn", attention_us=40.0, other_us=50),
+        made("spattention", 80.0), made("identity", 50.0, backend="identity"),
+        make_row(method="standard", backend="sdpa-cudnn", median_us=12.0, **call),
+        make_row(method="spattention", median_us=3.0, **call),
+        make_row(method="spattention", median_us=99.0, clock="host", **call),
+    ]  # fmt: skip
+    (training,) = train_report.trainings(rows)
+    assert [cell.method for cell in training.cells][-1] == "identity"
+    assert training.dense.backend == "sdpa-cudnn"
+    cell = cell_of(rows[2])
+    assert training.speedup(cell).y == pytest.approx(1.25)
+    assert training.zero_cost() == 2
+    assert training.amdahl(cell) == pytest.approx(100 / (60 + 40 / 4))
+    assert train_report.missed(rows[1]) == pytest.approx(0.1)
+    rate = train_report.tokens_per_s(rows[2])
+    assert rate.y == pytest.approx(4 * 1024 / 80e-6)
+    assert rate.low == pytest.approx(rate.y / 1.01) and rate.high == pytest.approx(rate.y / 0.99)
+
+
+def cell_of(row):
+    return train_report.Cell(row.method, row.params, row.backend)
+
+
+def test_scaling_and_utilisation():
+    one, two = made(us=100.0), made(us=125.0, world_size=2)
+    assert train_report.tokens_per_s(two).y == pytest.approx(2 * 4096 / 125e-6)
+    assert train_report.scaling(two, [one, two]) == pytest.approx(0.8)
+    assert train_report.scaling(two, [two, made(model="other")]) is None
+    assert train_report.scaling(one, [one, two]) is None
+    row = made(us=1e6, model_flops=4e14, matmul_tflop_s=800.0)
+    assert train_report.utilisation(row) == pytest.approx(0.5)
+    assert train_report.utilisation(replace(row, matmul_tflop_s=None)) is None
+    failed = made(us=None, status="oom")
+    assert train_report.tokens_per_s(failed) is None and train_report.scaling(failed, []) is None
+
+
+def test_the_cause_is_the_failure_that_explains_the_others():
+    store = dist.HashStore()
+    ranks = [Ranks(k, k, 3, store) for k in range(3)]
+    assert not ranks[0].failed(5)
+    ranks[0].tell(5, "crash", "connection closed")
+    ranks[2].tell(5, "oom", "no memory")
+    assert ranks[1].failed(5) and not ranks[1].failed(6)
+    assert ranks[1].cause(5) == ("oom", "rank 0: connection closed; rank 2: no memory")
+    assert Ranks().agree("todo", [1, 2]) == [1, 2]
+
+
+def test_a_process_that_does_not_get_on_is_given_up():
+    with pytest.raises(JobFailed, match="timeout: no progress within 0 s, in starting"):
+        run_apart(job(), Ranks(), 0, 0.05, lambda text: None)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The command line without processes of its own; collects what it ran."""
+    ran = []
+
+    def run_here(given, ranks, number, limit, announce):
+        ran.append(given.cell)
+        return run_job(given, World(), announce)
+
+    monkeypatch.setattr(train, "run_apart", run_here)
+    monkeypatch.setattr(train, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    return ran
+
+
+def test_a_run_writes_rows_and_figures_and_is_gone_on_with(tmp_path, in_this_process, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 100)
+    given = [
+        "train", "--model-config", str(config_file(tmp_path, LLAMA)), "--methods", "spattention",
+        "--backends", "blockwise", "--seq-len", "32", "64", "--tokens", "64", "--steps", "2",
+        "--warmup", "1", "--no-compiled", "--device", "cpu", "--text", str(text), "--run", "a",
+        "--output", str(tmp_path),
+    ]  # fmt: skip
+    assert run_bench.main(given) == 0
+    rows = read_rows(tmp_path / "results" / "a.csv")
+    found = [(row.seq_len, row.batch, row.method) for row in rows if row.phase == "step"]
+    names = ("standard", "spattention", "identity")
+    assert found == [(n, 64 // n, name) for n in (32, 64) for name in names]
+    assert all(row.status == "ok" and row.data == "text.txt" for row in rows if row.model)
+    drawn = {path.stem for path in (tmp_path / "plots" / "a").iterdir()}
+    assert drawn == {
+        f"training_{kind}" for kind in (
+            "tokens_per_s_tiny-uncompiled_1", "speedup_tiny-uncompiled_1",
+            "loss_tiny-uncompiled_1_32", "loss_tiny-uncompiled_1_64",
+        )
+    }  # fmt: skip
+    assert "zero cost" in capsys.readouterr().out
+    assert len(in_this_process) == 6
+    assert run_bench.main([*given, "--resume"]) == 0
+    assert len(in_this_process) == 6
+    assert run_bench.main(given) == 2
+    assert run_bench.main([*given, "--resume", "--methods", "local_only"]) == 0
+    assert [cell.method for cell in in_this_process[6:]] == ["local_only", "local_only"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "table3"], "--model is 'table3'; it takes table2, "),
+        (["--tokens", "100", "--seq-len", "64"], "must be a multiple of --seq-len 64"),
+        (["--methods", "reformer"], "shares queries and keys"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--backends", "nope"], "--backends has 'nope'"),
+        (["--device", "tpu"], "--device is 'tpu'"),
+        (["--run", "a/b"], "--run is 'a/b'"),
+        (["--model-config", "{"], "not JSON"),
+        (["--model-config", "{}"], "no model_type"),
+        (["--model-config", '{"model_type": "nothing"}'], "transformers does not take it"),
+        (["--model-config", json.dumps(LLAMA | {"model_type": "mistral", "sliding_window": 8})],
+         "sliding window of its own"),
+        (["--text", "short"], "has 5 bytes; N = 1024 needs at least 1025"),
+        (["--model-config", json.dumps(LLAMA | {"vocab_size": 100}), "--text", "s" * 2000],
+         "256 tokens"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(train, "run_apart", lambda *args: pytest.fail("something was run"))
+    for flag in ("--model-config", "--text"):
+        if flag in arguments:
+            place = arguments.index(flag) + 1
+            arguments = arguments.copy()
+            file = config_file(tmp_path, arguments[place], f"{place}.txt")
+            arguments[place] = str(file)
+    given = ["train", "--backends", "blockwise", "--device", "cpu", "--output", str(tmp_path)]
+    assert run_bench.main(given + arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+FATAL = """
+import multiprocessing, os
+from dataclasses import dataclass
+from methods.standard import Standard
+
+if multiprocessing.parent_process() is not None and os.environ.get("RANK") == "1":
+    os.kill(os.getpid(), 9)
+
+@dataclass(frozen=True)
+class Fatal(Standard):
+    name = "fatal"
+
+FATAL = Fatal()
+"""
+
+
+def test_two_processes_train_together_and_one_that_dies_is_a_row(tmp_path):
+    (tmp_path / "mine.py").write_text(FATAL)
+    config = config_file(tmp_path, LLAMA)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--",
+        str(ROOT / "run_bench.py"), "train", "--model-config", str(config), "--methods",
+        f"{tmp_path / 'mine.py'}:FATAL", "--backends", "blockwise", "--seq-len", "64",
+        "--tokens", "64", "--steps", "3", "--warmup", "1", "--no-compiled", "--device", "cpu",
+        "--run", "two", "--output", str(tmp_path),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode != 0 and "2 processes, DDP" in done.stdout, done.stderr[-2000:]
+    rows = [x for x in read_rows(Path(tmp_path / "results/two.csv")) if x.phase == "step"]
+    standard, fatal = rows
+    assert (standard.status, standard.world_size, standard.batch) == ("ok", 2, 1)
+    assert all(math.isfinite(loss) for loss in losses(standard))
+    assert (fatal.method, fatal.status, fatal.world_size) == ("fatal", "crash", 2)
+    assert "rank 1: the process was ended by SIGKILL" in fatal.reason
