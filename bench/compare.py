@@ -141,7 +141,9 @@ def _of_method(rows: Sequence[Row], name: str, path: Path) -> Side:
 
 def _key(row: Row, cell: Cell, device: str | None = None) -> Key:
     title = problem_title(row, without=() if device else ("device",))
-    problem = (row.problem, row.q_block, row.kv_block, device)
+    problem = (row.problem, row.q_block, row.kv_block, row.model, row.world_size, device)
+    if row.model:
+        title = f"{row.model} in {row.world_size} processes · {title}"
     return Key(problem, title, cell, PHASE_NAMES.get(row.phase, row.phase), row.clock)
 
 

@@ -53,7 +53,7 @@ class Ranks:
         Raises:
             ValueError: a variable is missing or no number.
         """
-        if "WORLD_SIZE" not in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
         try:
             rank, size, port = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
@@ -63,13 +63,8 @@ class Ranks:
                 "WORLD_SIZE is set, but RANK, MASTER_ADDR or MASTER_PORT is not, or is no number "
                 f"({error}); start by torchrun"
             ) from None
-        if size == 1:
-            return cls(rank, local)
         shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(
-            host, port, is_master=rank == 0 and not shared, wait_for_workers=False
-        )  # fmt: skip
-        return cls(rank, local, size, store)
+        return cls(rank, local, size, _store(host, port, serve=rank == 0 and not shared))
 
     def agree(self, name: str, value: object) -> object:
         """Rank 0's value (as JSON), for all ranks."""
@@ -190,8 +185,13 @@ def _join(job: Job, rank: int, size: int, cell: int) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=dist.PrefixStore(f"cell/{cell}", store), rank=rank,
-        world_size=size, device_id=device if on_gpu else None,
+        "nccl" if on_gpu else "gloo", store=dist.PrefixStore(f"cell/{cell}", _store(host, port)),
+        rank=rank, world_size=size, device_id=device if on_gpu else None,
     )  # fmt: skip
+
+
+def _store(host: str, port: int, serve: bool = False) -> dist.Store:
+    """The store of all ranks, without what an earlier attempt of torchrun left in it."""
+    store = dist.TCPStore(host, port, is_master=serve, wait_for_workers=False)
+    return dist.PrefixStore(f"train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

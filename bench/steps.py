@@ -115,36 +115,32 @@ def run_job(job: Job, world: World, announce: Callable[[str], None]) -> list[Row
         announce: told of what is about to happen.
     """
     device = torch.device(job.group.device)
+    timing.use_side_stream(device)  # what is captured cannot be on the default one
     machine = Machine(environment(device), measure_ceilings(device), chip.reader(device))
     prepared = Prepared(job.cell, method_of(job.cell), facts=_about(job, world.size))
     rows: list[Row] = []
     if prepared.method != IDENTITY:
         announce("the gate")
-        rows = _call_rows(job, machine, device, announce)
+        rows = _call_rows(job, machine, announce)
         prepared.facts |= {name: getattr(rows[0], name) for name in GATE}
         failed = next((row for row in rows if row.status != "ok"), None)
         if failed is not None:
             prepared.refused[STEP] = (failed.status, f"attention by itself: {failed.reason}")
     else:
         prepared.facts["allowed_pairs"] = 0
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.default_stream(device))
     if STEP not in prepared.refused:
         _Training(job, world, device, prepared).measure(machine, announce)
     return rows + rows_of(job.group, machine.env, prepared, machine.ceilings)
 
 
-def _call_rows(
-    job: Job, machine: Machine, device: torch.device, announce: Callable[[str], None]
-) -> list[Row]:
+def _call_rows(job: Job, machine: Machine, announce: Callable[[str], None]) -> list[Row]:
     """The attention call at the model's own shape, judged and timed as a sweep does it."""
     group = replace(
         job.group, phases=("fwd_bwd",), rounds=CALL_ROUNDS, seconds=CALL_SECONDS, shared=False
     )
-    timing.use_side_stream(device)  # for its capture
-    try:
-        measured = measure_group(group, machine, lambda _: announce("the gate"), Clockwork())
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.default_stream(device))
+    measured = measure_group(group, machine, lambda _: announce("the gate"), Clockwork())
     return measured[job.cell]
 
 

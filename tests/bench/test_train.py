@@ -20,9 +20,10 @@ from bench import steps, train, train_report
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group
 from bench.chip import Reading
+from bench.compare import sides
 from bench.models import MODELS, Model, build, compile_model, model_of_file, parameters
 from bench.ranks import JobFailed, Ranks, run_apart
-from bench.record import ROOT, read_rows
+from bench.record import ROOT, Store, read_rows
 from bench.step_attention import IDENTITY, step_attention
 from bench.steps import Job, World, run_job
 from methods import METHODS, Problem
@@ -45,6 +46,16 @@ OLMOE = {
 @pytest.fixture(autouse=True)
 def short_calls(monkeypatch):
     monkeypatch.setattr(steps, "CALL_SECONDS", 0.0)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are made as ever, but run as they are: no kernel is generated."""
+    compile_once = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kwargs: compile_once(f, backend="aot_eager", **kwargs)
+    )
+    torch.compiler.reset()
 
 
 def config_file(folder, values, name="tiny.json"):
@@ -150,18 +161,13 @@ NO_LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor tha
 
 @NO_LEAF
 @pytest.mark.parametrize("config", [None, OLMOE], ids=["decoder", "olmoe"])
-def test_a_compiled_model_is_the_same_and_its_layers_share_a_graph(tmp_path, monkeypatch, config):
+def test_a_compiled_model_is_the_same_and_its_layers_share_a_graph(tmp_path, traced, config):
     source = config and config_file(tmp_path, config | {"num_hidden_layers": 10})
     given = model_of_file(source) if source else TINY
     model, attention = built(given, "standard", "sdpa-flash", compiled=True)
     assert attention.inlined
     ids, targets = some_ids()
     expected = model(ids, targets)
-    compile_once = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **kwargs: compile_once(f, backend="aot_eager", **kwargs)
-    )
-    torch.compiler.reset()
     before = counters["stats"]["unique_graphs"]
     compile_model(model, attention, by_layer=False)
     found = model(ids, targets)
@@ -186,13 +192,8 @@ def alone():
     ids=["DDP", "FSDP2", "FSDP2 of experts"],
 )  # fmt: skip
 def test_a_model_over_processes_trains_as_by_itself(
-    tmp_path, monkeypatch, alone, config, shard, compiled
+    tmp_path, monkeypatch, traced, alone, config, shard, compiled
 ):
-    compile_once = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **kwargs: compile_once(f, backend="aot_eager", **kwargs)
-    )
-    torch.compiler.reset()
     # One process stands for two, so a sum over both is its own value.
     monkeypatch.setattr(World, "means", lambda self, values, device: list(values))
     model = model_of_file(config_file(tmp_path, config)) if config else TINY
@@ -204,6 +205,23 @@ def test_a_model_over_processes_trains_as_by_itself(
             row = run_job(spread, World(0, 2), lambda text: None)[-1]
         assert (row.status, row.world_size) == ("ok", 2)
         assert losses(row) == pytest.approx(single, abs=2e-4)
+
+
+@pytest.mark.parametrize("method", ["spattention", "longformer"])
+def test_flex_is_inside_the_graph_of_the_model(traced, method):
+    """Forward alone: FlexAttention has no backward on a CPU."""
+    fitting = METHODS[method] if method != "longformer" else replace(METHODS[method], window=16)
+    p = replace(job().group.problem, batch=2)
+    found = []
+    for backend in ("blockwise", "flex"):
+        attention = step_attention(fitting, backend, p, CPU, compiled=True)
+        model = build(TINY, attention.call, 64, torch.float32, CPU, 0)
+        if backend == "flex":
+            compile_model(model, attention, by_layer=False)
+        with torch.no_grad():
+            found.append(model(*some_ids()))
+        assert attention.inlined == (backend == "flex")
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_the_losses_of_backends_and_options_agree():
@@ -341,6 +359,15 @@ def test_scaling_and_utilisation():
     assert train_report.utilisation(replace(row, matmul_tflop_s=None)) is None
     failed = made(us=None, status="oom")
     assert train_report.tokens_per_s(failed) is None and train_report.scaling(failed, []) is None
+
+
+def test_steps_of_two_models_are_compared_apart(tmp_path):
+    samples = ";".join(f"{100 + k % 3}" for k in range(20))
+    rows = [made(model=name, samples_us=samples, backend="flex") for name in ("m", "n")]
+    for name in ("a.csv", "b.csv"):
+        with Store(tmp_path / name) as store:
+            store.append(rows)
+    assert len(sides(tmp_path / "a.csv", tmp_path / "b.csv", None, None)[0].rows) == 2
 
 
 def test_the_cause_is_the_failure_that_explains_the_others():
