@@ -114,7 +114,7 @@ def _refusal(config: Any) -> str | None:
 
 
 class LanguageModel(nn.Module):
-    """Token ids -> loss of the next token.
+    """Token ids -> loss of the next token, from the head's plain product and nothing else.
 
     Attributes:
         layers: the repeated part of body.

@@ -42,6 +42,9 @@ OLMOE = {
     "num_experts_per_tok": 2,
 }  # fmt: skip
 
+# Its scores are not divided by the root of the head's features.
+GRANITE = LLAMA | {"model_type": "granite", "attention_multiplier": 3.0}
+
 
 @pytest.fixture(autouse=True)
 def short_calls(monkeypatch):
@@ -139,7 +142,7 @@ def test_a_token_reaches_later_positions_and_no_earlier_one():
     assert (moved[0, 40:] > 0).all()
 
 
-@pytest.mark.parametrize("config", [LLAMA, OLMOE], ids=["llama", "olmoe"])
+@pytest.mark.parametrize("config", [LLAMA, OLMOE, GRANITE], ids=["llama", "olmoe", "granite"])
 @pytest.mark.parametrize("method", ["standard", "spattention"])
 def test_a_model_of_transformers_is_the_one_with_a_registered_method(tmp_path, config, method):
     from transformers import AttentionInterface
