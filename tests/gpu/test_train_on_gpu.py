@@ -1,4 +1,4 @@
-"""Training steps on a CUDA device: compiled models, flex inside their graph, the split by kernel."""
+"""Training steps on a CUDA device: compiled, flex inside the graph, the split by kernel."""
 
 import math
 
