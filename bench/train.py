@@ -142,15 +142,17 @@ def expand(request: Train, ranks: Ranks) -> list[Job]:
                 device=str(device), seed=request.seed, rounds=request.steps, seconds=0.0, run=run,
                 shared=False,
             )  # fmt: skip
-            jobs.append(
-                Job(
-                    group=group, model=model, steps=request.steps, warmup=request.warmup,
-                    learning_rate=request.learning_rate, text=request.text,
-                    checkpointing=request.checkpointing, compiled=request.compiled,
-                    shard=size >= LARGE if request.shard is None else request.shard,
-                )
-            )  # fmt: skip
+            jobs.append(_job(request, group, model, size))
     return jobs
+
+
+def _job(request: Train, group: Group, model: Model, size: int) -> Job:
+    return Job(
+        group=group, model=model, steps=request.steps, warmup=request.warmup,
+        learning_rate=request.learning_rate, text=request.text,
+        checkpointing=request.checkpointing, compiled=request.compiled,
+        shard=size >= LARGE if request.shard is None else request.shard,
+    )  # fmt: skip
 
 
 def _check(request: Train) -> None:
