@@ -52,15 +52,13 @@ class Row:
         l2: "cold" (rotated or flushed) or "warm"; None on a CPU.
         samples_us: semicolon-separated; the k-th was taken in the k-th of `rounds`.
         rounds: semicolon-separated; None where a cell ran alone, so that nothing pairs with it.
-        kernel, tiles: of one call, as another process saw it, the longest first; semicolon-
-            separated. None on a CPU, and for backends that run many small kernels.
+        kernel, tiles: of one call in another process, longest first; semicolon-separated.
         discarded: samples thrown away, for thermal or hardware slowdown.
         ci_low_us, ci_high_us: 99 % interval of the median.
         error_out, error_dq, error_dk, error_dv: relative Frobenius error of the worst block.
         error_budget: largest share of an error budget that was used; above 1 is a mismatch.
         matmul_tflop_s, copy_gb_s: this chip's own ceilings, measured by the run.
-        sm_mhz: median right after the samples. power_w (median), celsius (highest): of the chip
-            meanwhile, other cells of the group included.
+        sm_mhz: right after the samples. power_w, celsius: of the chip, other cells included.
         throttled: why the chip was slower than it can be, and after how many of the samples.
         model: that trains; batch is the sequences of each of its world_size processes.
         data: "random", or the name of the text.
