@@ -104,9 +104,9 @@ def measure_group(
             _empty(device)
     bench.reference = None
     bench.sample(ready, machine.read_chip, announce)
-    for prepared in ready:
-        rows[prepared.cell] = rows_of(group, machine.env, prepared, machine.ceilings)
-    by_cupti = any("kernels" in key for prepared in ready for key in prepared.samplers)
+    # No variable of this function may hold a cell from here on: what runs alone needs its memory.
+    rows |= {x.cell: rows_of(group, machine.env, x, machine.ceilings) for x in ready}
+    by_cupti = any("kernels" in key for x in ready for key in x.samplers)
     del bench, ready
     static_parts.cache_clear()
     _empty(device)

@@ -1,5 +1,6 @@
 """One group: the gate comes before every number, rounds are interleaved, failures are rows."""
 
+import weakref
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -222,6 +223,26 @@ def test_what_does_not_fit_beside_the_others_runs_alone(monkeypatch):
     (alone,), (beside,) = rows[Cell("standard", "sdpa-flash")], rows[Cell("standard", "blockwise")]
     assert (alone.status, alone.rounds, len(alone.samples)) == ("ok", None, 3)
     assert beside.rounds == "0;1;2"
+
+
+def test_what_runs_alone_finds_the_memory_of_the_others_free(monkeypatch):
+    build, held, alive = BACKENDS["sdpa-flash"].build, [], []
+    add = measure._Bench._add_samplers
+
+    def remember(bench, prepared, *job):
+        held.append(weakref.ref(prepared))
+        add(bench, prepared, *job)
+
+    def crowded(*cell):
+        alive.append(sum(x() is not None for x in held))
+        if len(alive) == 1:
+            raise MemoryError("the others hold it")
+        return build(*cell)
+
+    monkeypatch.setattr(measure._Bench, "_add_samplers", remember)
+    monkeypatch.setitem(BACKENDS, "sdpa-flash", replace(BACKENDS["sdpa-flash"], build=crowded))
+    run(replace(GROUP, phases=("fwd",)))
+    assert alive == [2, 0]
 
 
 def test_two_variants_of_a_method_keep_their_rows_apart():
