@@ -71,10 +71,15 @@ def kernels_sampler(call: Call, device: torch.device) -> Sampler:
     def sample() -> float:
         flush.fill_(1)
         torch.cuda.synchronize(device)
-        spans = [event.time_range for event in kernel_events(call, device)]
-        return max(span.end for span in spans) - min(span.start for span in spans)
+        return span_us(call, device)
 
     return sample
+
+
+def span_us(call: Call, device: torch.device) -> float:
+    """Microseconds from the start of a call's first kernel to the end of its last."""
+    spans = [event.time_range for event in kernel_events(call, device)]
+    return max(span.end for span in spans) - min(span.start for span in spans)
 
 
 def kernel_events(call: Call, device: torch.device) -> list:

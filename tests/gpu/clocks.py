@@ -48,9 +48,7 @@ def measured(name: str, backend: str, n: int, device: torch.device) -> dict[str,
     own, cupti = [], []
     for _ in range(SAMPLES):
         own.append(replay())
-        spans = [event.time_range for event in timing.kernel_events(replay, device)]
-        span = max(x.end for x in spans) - min(x.start for x in spans)
-        cupti.append(span / replay.count)
+        cupti.append(timing.span_us(replay, device) / replay.count)
     with torch.cuda.stream(torch.cuda.Stream(device)):
         # Graphs as long as ours: seconds of dense work without a pause would meet the power cap.
         rep = timing.REPLAY_US / 1000
