@@ -86,13 +86,7 @@ def sweep(request: Sweep, console: Console) -> int:
     """
     started = time.perf_counter()
     groups = expand(request)
-    base = Path(request.output) if request.output else ROOT
-    csv_path = base / "results" / f"{groups[0].run}.csv"
-    plots = base / "plots" / groups[0].run
-    existed = csv_path.exists()
-    if existed and not request.resume:
-        raise ValueError(f"{csv_path} exists; choose another --run, or go on with it by --resume")
-    _must_be_writable(csv_path.parent, plots.parent)
+    csv_path, plots = destination(request.output, groups[0].run, request.resume)
     with Store(csv_path) as store:
         if store.damaged:
             console.print(f"damaged lines: {store.damaged}, now in {store.aside}", highlight=False)
@@ -104,6 +98,19 @@ def sweep(request: Sweep, console: Console) -> int:
     _keep_times(csv_path.with_suffix(".time.csv"), clockwork.spent)
     _say_where(csv_path, plots, len(drawn), clockwork.spent, console)
     return 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
+
+
+def destination(output: str | None, run: str, resume: bool) -> tuple[Path, Path]:
+    """The results file and the folder of figures of a run.
+
+    Raises ValueError where it exists and is not to go on, or its folders cannot be written.
+    """
+    base = Path(output) if output else ROOT
+    csv_path, plots = base / "results" / f"{run}.csv", base / "plots" / run
+    if csv_path.exists() and not resume:
+        raise ValueError(f"{csv_path} exists; choose another --run, or go on with it by --resume")
+    _must_be_writable(csv_path.parent, plots.parent)
+    return csv_path, plots
 
 
 def _draw_own_masks(request: Sweep, rows: Sequence[Row], folder: Path) -> list[Path]:

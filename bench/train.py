@@ -19,11 +19,11 @@ from bench.cells import Cell, Group, rows_of
 from bench.derived import BASELINE
 from bench.models import MODELS, Model, build, model_of_file, parameters, with_options
 from bench.ranks import JobFailed, Ranks, run_apart
-from bench.record import ROOT, STEP, Environment, Row, Store, code_hash, environment
+from bench.record import STEP, Environment, Row, Store, code_hash, environment
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
 from bench.steps import Job, method_of, read_text, unfinished
-from bench.sweep import check_run_name, named_device
+from bench.sweep import check_run_name, destination, named_device
 from bench.worker import SPAWN
 from methods import METHODS, Problem
 
@@ -95,11 +95,7 @@ def train(request: Train, console: Console) -> int:
     jobs = expand(request, ranks)
     if ranks.rank > 0:
         return _follow(jobs, request, ranks)
-    base = Path(request.output) if request.output else ROOT
-    run = jobs[0].group.run
-    path, plots = base / "results" / f"{run}.csv", base / "plots" / run
-    if path.exists() and not request.resume:
-        raise ValueError(f"{path} exists; choose another --run, or go on with it by --resume")
+    path, plots = destination(request.output, jobs[0].group.run, request.resume)
     _introduce(jobs[0], ranks, console)
     with Store(path) as store:
         rows = _Run(jobs, request, ranks, store, console).measure()
