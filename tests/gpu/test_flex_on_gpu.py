@@ -57,6 +57,7 @@ def measured(waiting):
             rows = worker.measure(group, Clockwork())[cell]
             assert len({row.status for row in rows}) == 1
             found.append((group, cell, rows[0]))
+            print(cell.method, group.problem, rows[0].status, rows[0].error_budget, flush=True)
     return found
 
 
