@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch._dynamo.utils import counters
@@ -35,6 +37,8 @@ class Known:
     ran: dict[str, kernels.Ran | None]
 
 
+T = TypeVar("T")
+
 _FORWARD = ("fwd",)
 
 Ahead = dict[tuple[Problem, tuple[int, int], Cell], Known]
@@ -47,27 +51,44 @@ def compile_ahead(
 
     What fails here fails again, with a name, when it is measured.
     """
-    jobs = list(compile_jobs(groups))
-    found: Ahead = {}
+    finished = side_by_side(first_call, list(compile_jobs(groups)), time_limit, on_done)
+    return {(group.problem, group.block_size, cell): known for (group, cell), known in finished}
+
+
+def side_by_side(
+    function: Callable[..., T],
+    jobs: Sequence[tuple],
+    time_limit: float,
+    on_done: Callable[[], None],
+) -> list[tuple[tuple, T]]:
+    """Jobs and what function(*job) returned, on all cores; those that failed are missing.
+
+    Args:
+        time_limit: seconds in which none ends, after which the rest is given up.
+    """
+    found: list[tuple[tuple, T]] = []
     if not jobs:
         return found
-    processes = min(len(jobs), os.cpu_count() or 1)
-    pool = ProcessPoolExecutor(processes, mp_context=SPAWN, initializer=set_up)
-    futures: dict[Future, tuple[Group, Cell]] = {}
+    pool = ProcessPoolExecutor(min(len(jobs), cores()), mp_context=SPAWN, initializer=set_up)
+    futures: dict[Future, tuple] = {}
     try:
         with interrupts_held(), suppress(BrokenProcessPool):  # one may die before all is said
-            for group, cell in jobs:
-                futures[pool.submit(_first, group, cell)] = group, cell
+            for job in jobs:
+                futures[pool.submit(function, *job)] = job
         for future in _as_finished(futures, START_LIMIT + time_limit):
-            group, cell = futures[future]
             if future.exception() is None:
-                found[group.problem, group.block_size, cell] = future.result()
+                found.append((futures[future], future.result()))
             on_done()
     finally:
         if not all(future.done() for future in futures):
             _kill(pool)
         pool.shutdown(cancel_futures=True)
     return found
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def compile_jobs(groups: Sequence[Group]) -> Iterator[tuple[Group, Cell]]:
@@ -107,7 +128,8 @@ def _wanted(group: Group, cell: Cell) -> list[str]:
     ]
 
 
-def _first(group: Group, cell: Cell) -> Known:
+def first_call(group: Group, cell: Cell) -> Known:
+    """Compiles a cell's kernels into the on-disk caches of this machine."""
     p, device = group.problem, torch.device(group.device)
     shapes = [(p.batch, h, p.seq_len, p.head_dim) for h in (p.q_heads, p.kv_heads, p.kv_heads)]
     q, k, v = (

@@ -40,6 +40,11 @@ class Model:
     vocabulary: int = VOCABULARY
     config: dict[str, Any] | None = field(default=None, hash=False)
 
+    def shortened(self, layers: int) -> Model:
+        """The same model with so many layers."""
+        config = self.config and self.config | {"num_hidden_layers": layers}
+        return replace(self, layers=layers, config=config)
+
 
 def _olmoe(name: str, hidden: int, expert: int) -> Model:
     config = {
@@ -131,9 +136,12 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy over ids and targets, both int64 [B, N]."""
+        return self.loss(self.hidden(ids), self.head.weight, self.head.bias, targets)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Ids [B, N] -> what the head is given, [B, N, hidden]."""
         hidden = self.body(ids)
-        hidden = getattr(hidden, "last_hidden_state", hidden)
-        return self.loss(hidden, self.head.weight, self.head.bias, targets)
+        return getattr(hidden, "last_hidden_state", hidden)
 
     def step_flops(self, model: Model, batch: int, seq_len: int, allowed_pairs: int) -> float:
         """Of the products of one step, forward and backward, nothing counted twice.
@@ -288,15 +296,12 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((near * cos - far * sin, far * cos + near * sin), dim=-1).to(x.dtype)
 
 
-def compile_model(model: LanguageModel, attention: StepAttention, by_layer: bool) -> None:
-    """Compiles the plain decoder whole; else each layer, of which all share one graph, and loss.
+def compile_model(model: LanguageModel, attention: StepAttention) -> None:
+    """Compiles each layer, of which all share one graph, and the loss.
 
     Only `forward` is compiled, so that hooks which gather and shard weights stay outside. Where
     attention is not inlined it stands between two graphs of a layer.
     """
-    if isinstance(model.body, Decoder) and attention.inlined and not by_layer:
-        model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
-        return
     for layer in model.layers:
         compiled = torch.compile(layer.forward, fullgraph=attention.inlined, dynamic=False)
         layer.forward = compiled

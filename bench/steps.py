@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bench import chip, timing
+from bench.ahead import first_call
 from bench.ceilings import measure_ceilings
 from bench.cells import Cell, Group, Prepared, rows_of
 from bench.measure import Clockwork, Machine, measure_group
@@ -144,6 +145,21 @@ def _call_rows(job: Job, machine: Machine, announce: Callable[[str], None]) -> l
     return measured[job.cell]
 
 
+def compile_first(job: Job) -> None:
+    """Fills the on-disk caches for a job: its attention call, and one layer of its model."""
+    device, p = torch.device(job.group.device), job.group.problem
+    method = method_of(job.cell)
+    attention = step_attention(method, job.cell.backend, p, device, compiled=True)
+    if method != IDENTITY:
+        first = replace(job.group, phases=("fwd_bwd",))
+        first_call(first, job.cell)
+    single = job.model.shortened(1)
+    model = build(single, attention.call, p.seq_len, p.torch_dtype, device, job.group.seed)
+    compile_model(model, attention)
+    ids = torch.zeros(p.batch, p.seq_len, dtype=torch.long, device=device)
+    model.hidden(ids).sum().backward()
+
+
 class _Training:
     """A model, its optimiser and its tokens."""
 
@@ -160,7 +176,7 @@ class _Training:
         prepared.facts |= {"parameters": parameters(model), "model_flops": flops}
         shard = job.shard and world.size > 1
         if job.compiled:
-            compile_model(model, attention, by_layer=shard or job.checkpointing)
+            compile_model(model, attention)
         if job.checkpointing:
             recompute_layers(model)
         self.model = _spread(model, world, device, shard)

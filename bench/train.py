@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 
 from bench import train_report
+from bench.ahead import side_by_side
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group, rows_of
 from bench.derived import BASELINE
@@ -22,7 +24,7 @@ from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import STEP, Environment, Row, Store, code_hash, environment
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
-from bench.steps import Job, method_of, read_text, unfinished
+from bench.steps import Job, compile_first, method_of, read_text, unfinished
 from bench.sweep import check_run_name, destination, named_device
 from bench.worker import SPAWN
 from methods import METHODS, Problem
@@ -48,8 +50,8 @@ class Train:
     methods: tuple[str, ...] = tuple(name for name in METHODS if not trains(METHODS[name]))
     """Presets, NAME:parameter=value,... or FILE.py:NAME for a method of your own."""
     backends: tuple[str, ...] | None = None
-    """Ways to run them; default flex, sdpa-flash and sdpa-cudnn on a GPU, blockwise and
-    sdpa-flash on a CPU."""
+    """Ways to run them; default flex, varlen, fa4 (if installed), sdpa-flash and sdpa-cudnn on a
+    GPU, blockwise and sdpa-flash on a CPU."""
     seq_len: tuple[int, ...] = (1024,)
     """Tokens a sequence."""
     tokens: int | None = None
@@ -185,9 +187,7 @@ def _sequences(tokens: int, seq_len: int) -> int:
 
 
 def _cells(request: Train, device: torch.device) -> list[Cell]:
-    on_gpu = device.type == "cuda"
-    default = ("flex", "sdpa-flash", "sdpa-cudnn") if on_gpu else ("blockwise", "sdpa-flash")
-    backends = tuple(dict.fromkeys(request.backends or default))
+    backends = tuple(dict.fromkeys(request.backends or _default_backends(device)))
     for name in backends:
         if name not in BACKENDS:
             raise ValueError(f"--backends has {name!r}; it takes {', '.join(BACKENDS)}")
@@ -203,6 +203,13 @@ def _cells(request: Train, device: torch.device) -> list[Cell]:
             raise ValueError(f"none of --backends {', '.join(backends)} computes {spec!r}")
         cells += able
     return [*cells, Cell(IDENTITY.name, IDENTITY.name)]
+
+
+def _default_backends(device: torch.device) -> tuple[str, ...]:
+    if device.type == "cpu":
+        return "blockwise", "sdpa-flash"
+    fastest = (name for name in ("varlen", "fa4") if not BACKENDS[name].missing(device))
+    return "flex", *fastest, "sdpa-flash", "sdpa-cudnn"
 
 
 def _introduce(job: Job, ranks: Ranks, console: Console) -> None:
@@ -249,6 +256,7 @@ class _Run:
             env = pool.submit(environment, device).result()
         rows = list(self.store.rows)
         todo = [k for k, job in enumerate(self.jobs) if not self._complete(job, rows, env)]
+        self._compile([self.jobs[number] for number in todo])
         for number in self.ranks.agree("todo", todo):
             measured, lost = self._one(number, env)
             self.store.append(measured)
@@ -257,6 +265,17 @@ class _Run:
             if lost and self.ranks.size > 1:
                 break  # a rank is gone, and maybe its device
         return rows
+
+    def _compile(self, jobs: Sequence[Job]) -> None:
+        """One process on a GPU has nobody waiting for it, and all cores to itself."""
+        if self.ranks.size > 1 or self.jobs[0].group.device == "cpu" or not self.request.compiled:
+            return
+        done = itertools.count(1)
+        with self.console.status(f"compiling {len(jobs)} cells ahead") as status:
+            side_by_side(
+                compile_first, [(job,) for job in jobs], self.request.time_limit,
+                lambda: status.update(f"compiling ahead: {next(done)} of {len(jobs)}"),
+            )  # fmt: skip
 
     def _one(self, number: int, env: Environment) -> tuple[list[Row], bool]:
         """Rows of a cell, and whether a process of it died."""

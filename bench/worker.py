@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -176,6 +177,10 @@ def interrupts_held() -> Iterator[None]:
 def set_up() -> None:
     """Ends with the parent; and what compiled code must agree on for the on-disk caches."""
     end_with_parent()
+    # flash-attn-4 compiles for seconds, and keeps nothing on disk unless told to.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    # Its compiler says so of every kernel, of an argument that its authors leave empty.
+    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
     torch._functorch.config.donated_buffer = False  # a backward is run again on one graph
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 import run_bench
 from bench import steps, train, train_report
@@ -25,7 +26,7 @@ from bench.models import MODELS, Model, build, compile_model, model_of_file, par
 from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import ROOT, Store, read_rows
 from bench.step_attention import IDENTITY, step_attention
-from bench.steps import Job, World, run_job
+from bench.steps import Job, World, compile_first, run_job
 from methods import METHODS, Problem
 from methods.huggingface import register
 from tests.bench.rows import make_row
@@ -172,12 +173,26 @@ def test_a_compiled_model_is_the_same_and_its_layers_share_a_graph(tmp_path, tra
     ids, targets = some_ids()
     expected = model(ids, targets)
     before = counters["stats"]["unique_graphs"]
-    compile_model(model, attention, by_layer=False)
+    compile_model(model, attention)
     found = model(ids, targets)
-    assert counters["stats"]["unique_graphs"] - before == (2 if config else 1)
+    assert counters["stats"]["unique_graphs"] - before == 2  # a layer's, and the loss
     torch.testing.assert_close(found, expected)
     found.backward()
     assert all(x.grad.isfinite().all() for x in model.parameters())
+
+
+@NO_LEAF
+def test_what_is_compiled_ahead_is_found_again():
+    """The layer, forward and backward; the loss is compiled by whoever comes first."""
+    with fresh_cache():
+        compile_first(job(backend="sdpa-flash", compiled=True))
+        torch.compiler.reset()
+        counters.clear()
+        model, attention = built(TINY, "standard", "sdpa-flash", compiled=True)
+        compile_model(model, attention)
+        model(*some_ids()).backward()
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2
+    assert counters["inductor"]["fxgraph_cache_miss"] == 2
 
 
 @pytest.fixture
@@ -220,7 +235,7 @@ def test_flex_is_inside_the_graph_of_the_model(traced, method):
         attention = step_attention(fitting, backend, p, CPU, compiled=True)
         model = build(TINY, attention.call, 64, torch.float32, CPU, 0)
         if backend == "flex":
-            compile_model(model, attention, by_layer=False)
+            compile_model(model, attention)
         with torch.no_grad():
             found.append(model(*some_ids()))
         assert attention.inlined == (backend == "flex")

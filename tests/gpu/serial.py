@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from bench.ahead import cores
 from bench.record import ROOT, environment
 from methods import METHODS, Problem
 from methods.attend import plan
@@ -79,7 +80,7 @@ def main() -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("device", "code", "cells", "cores", "suite_s", "serial_s", "ratio"))
         cells = len(METHODS_TAKEN) * len(LENGTHS)
-        writer.writerow((env.device, env.code, cells, os.cpu_count(), f"{suite:.0f}",
+        writer.writerow((env.device, env.code, cells, cores(), f"{suite:.0f}",
                          f"{serial:.0f}", f"{serial / suite:.2f}"))  # fmt: skip
 
 

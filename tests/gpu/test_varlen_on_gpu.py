@@ -15,7 +15,11 @@ from methods.longformer import Longformer
 from methods.spattention import head_bands
 from tests.gpu.test_flex_on_gpu import groups, statuses
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # flash-attn-4's compiler, of an argument that its authors leave empty.
+    pytest.mark.filterwarnings("ignore:Argument aux_data"),
+]
 
 DEVICE = torch.device("cuda:0")
 WINDOWS = [
