@@ -8,7 +8,7 @@
 # make faults                         planted faults through the check, on this machine's kernels
 # make clocks                         (GPU) the device clock against CUPTI's and triton's
 # make attend-cost                    (GPU) what attend() costs a call
-# make serial                         (GPU) the suite against compiling and timing one by one
+# make serial                         (GPU) what cells cost that are compiled and timed one by one
 # The first of them installs everything into .venv.
 
 PYTHON ?= python3

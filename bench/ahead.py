@@ -20,7 +20,7 @@ from bench.backends import BACKENDS, BACKWARD_PHASES, first_calls, phase_call
 from bench.cells import Cell, Group
 from bench.measure import CELL_ERRORS
 from bench.specs import parse_method
-from bench.worker import SPAWN, START_LIMIT, interrupts_held, set_up
+from bench.worker import SPAWN, START_LIMIT, interrupts_held, set_up_sweep
 from methods import Problem
 
 
@@ -39,7 +39,7 @@ class Known:
 
 T = TypeVar("T")
 
-_FORWARD = ("fwd",)
+_BEFORE, _FORWARD = ("layout", "prepare"), ("fwd",)
 
 Ahead = dict[tuple[Problem, tuple[int, int], Cell], Known]
 
@@ -51,19 +51,22 @@ def compile_ahead(
 
     What fails here fails again, with a name, when it is measured.
     """
-    finished = side_by_side(first_call, list(compile_jobs(groups)), time_limit, on_done)
+    jobs = list(compile_jobs(groups))
+    finished = side_by_side(first_call, jobs, set_up_sweep, time_limit, on_done)
     return {(group.problem, group.block_size, cell): known for (group, cell), known in finished}
 
 
 def side_by_side(
     function: Callable[..., T],
     jobs: Sequence[tuple],
+    set_up: Callable[[], None],
     time_limit: float,
     on_done: Callable[[], None],
 ) -> list[tuple[tuple, T]]:
     """Jobs and what function(*job) returned, on all cores; those that failed are missing.
 
     Args:
+        set_up: called once in every process.
         time_limit: seconds in which none ends, after which the rest is given up.
     """
     found: list[tuple[tuple, T]] = []
@@ -124,7 +127,7 @@ def _wanted(group: Group, cell: Cell) -> list[str]:
     return [
         phase
         for phase in group.phases
-        if phase != "layout" and not backend.refusal(method, group.problem, device, phase)
+        if phase not in _BEFORE and not backend.refusal(method, group.problem, device, phase)
     ]
 
 

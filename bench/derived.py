@@ -131,6 +131,10 @@ class Board:
         ceiling = rate and self.row(cell, rate.phase).matmul_tflop_s
         return Gain(100 * rate.value / ceiling, rate.phase) if ceiling else None
 
+    def prepare_share(self, cell: Cell) -> float | None:
+        """Part of the forward that makes the mask from the inputs, gathers included."""
+        return _ratio(self.us(cell, "prepare"), self.us(cell, "fwd"))
+
     def peak_bytes(self, cell: Cell) -> int | None:
         return self._pairs(cell, "peak_bytes")
 
@@ -164,16 +168,20 @@ def _by_round(row: Row, offset: int) -> dict[int, float]:
 
 
 def boards(rows: Iterable[Row]) -> list[Board]:
-    """One for each problem and clock, problems in order of appearance; `layout` is in none."""
+    """One for each problem and clock, problems in order of appearance; `layout` is in none.
+
+    `prepare`, a part of `fwd`, is only in those that have something else.
+    """
     grouped: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row.phase in FLOPS_PER_PAIR:
+        if row.phase in FLOPS_PER_PAIR or row.phase == "prepare":
             grouped.setdefault(problem_of(row), []).append(row)
     return [
         Board(chosen)
         for group in grouped.values()
         for clock in CLOCKS
         if (chosen := [row for row in group if row.clock == clock])
+        and any(row.phase != "prepare" for row in chosen)
     ]
 
 

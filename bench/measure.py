@@ -235,6 +235,13 @@ class _Bench:
     def _blocks(self, method: Method, state: Any) -> BlockMask:
         return method.blocks(self.p, self.device, self.group.block_size, state)
 
+    @torch.no_grad()
+    def _prepare(self, method: Method, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """What a forward does before its kernel: for Reformer hash, sort and gather."""
+        state = method.prepare(q, k, self.p)
+        layout = method.layout(q, k, v, self.p, state, self.group.block_size)
+        return layout.q, layout.k, layout.v
+
     def _gate(
         self, prepared: Prepared, attention: Attention, wanted: Sequence[str]
     ) -> oracle.Verdict:
@@ -279,7 +286,11 @@ class _Bench:
             call = partial(self._blocks, prepared.method, prepared.state)
             prepared.samplers[phase, "host"] = timing.host_sampler(call, self.device)
             return
-        calls = [phase_call(attention, phase, x) for x in self._inputs(prepared.method)]
+        inputs = self._inputs(prepared.method)
+        if phase == "prepare":
+            calls = [partial(self._prepare, prepared.method, *x[:3]) for x in inputs]
+        else:
+            calls = [phase_call(attention, phase, x) for x in inputs]
         if self.device.type == "cuda":
             try:
                 sampler, clock = timing.device_sampler(calls, self.device), "device"

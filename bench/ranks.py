@@ -21,7 +21,7 @@ import torch.distributed as dist
 from bench.measure import CELL_ERRORS, UNSUPPORTED, one_line, out_of_memory
 from bench.record import Row
 from bench.steps import Job, World, run_job
-from bench.worker import SPAWN, STOP_LIMIT, end_with_parent, how_it_died, interrupts_held
+from bench.worker import SPAWN, STOP_LIMIT, how_it_died, interrupts_held, set_up
 
 LOOK = 0.2  # seconds between looks at the other ranks
 SETTLE = 3.0  # seconds in which ranks that fail together have all said so
@@ -160,7 +160,7 @@ def _watch(
 
 def _work(connection: Connection, job: Job, rank: int, size: int, cell: int) -> None:
     """The process of one cell."""
-    end_with_parent()
+    set_up()
     # A layer that is compiled anew for every other would run uncompiled from the ninth on.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     # It would cut the model at buckets of gradients, and attention with it.

@@ -21,7 +21,7 @@ import torch
 from methods import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = ("layout", "fwd", "bwd", "fwd_bwd")  # of a sweep
+PHASES = ("layout", "prepare", "fwd", "bwd", "fwd_bwd")  # of a sweep
 STEP = "step"  # of training: forward, backward and optimiser
 CLOCKS = ("device", "kernels", "host")
 STATUSES = ("ok", "oom", "unsupported", "mismatch", "crash", "timeout")

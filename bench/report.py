@@ -212,9 +212,16 @@ def _notes(board: Board) -> Iterator[Text]:
     named = [f"{name} {cell.params}" for name, cell in known.items() if name in labels]
     if named:
         yield Text("parameters: " + "; ".join(named).replace(",", ", "), style="dim")
+    yield from _prepared(board)
     yield from _reasons(board)
     yield from _too_good(board)
     yield from _disturbed(board)
+
+
+def _prepared(board: Board) -> Iterator[Text]:
+    found = [(cell, board.prepare_share(cell)) for cell in board.cells]
+    if told := [f"{x.label} on {x.backend} {share:.0%}" for x, share in found if share]:
+        yield Text("hash, sort and gather, of fwd: " + ", ".join(told), style="dim")
 
 
 def _reasons(board: Board) -> Iterator[Text]:

@@ -57,7 +57,7 @@ class Sweep:
     """Whether a query sees only the past."""
     block_size: tuple[str, ...] = ("128",)
     """Blocks of the mask: ROWS or ROWSxKEYS."""
-    phases: tuple[str, ...] = PHASES
+    phases: tuple[str, ...] = tuple(phase for phase in PHASES if phase != "prepare")
     """What is timed: layout, fwd, bwd, fwd_bwd."""
     device: str | None = None
     """cpu or cuda:0; by default a GPU where there is one."""

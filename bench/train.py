@@ -26,7 +26,7 @@ from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
 from bench.steps import Job, compile_first, method_of, read_text, unfinished
 from bench.sweep import check_run_name, destination, named_device
-from bench.worker import SPAWN
+from bench.worker import SPAWN, set_up
 from methods import METHODS, Problem
 
 LARGE = 10**9  # parameters; from here on a model is sharded rather than copied to every GPU
@@ -273,7 +273,7 @@ class _Run:
         done = itertools.count(1)
         with self.console.status(f"compiling {len(jobs)} cells ahead") as status:
             side_by_side(
-                compile_first, [(job,) for job in jobs], self.request.time_limit,
+                compile_first, [(job,) for job in jobs], set_up, self.request.time_limit,
                 lambda: status.update(f"compiling ahead: {next(done)} of {len(jobs)}"),
             )  # fmt: skip
 

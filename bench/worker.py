@@ -174,14 +174,19 @@ def interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def set_up_sweep() -> None:
+    """As `set_up`; and what compiled code must agree on for the on-disk caches."""
+    set_up()
+    torch._functorch.config.donated_buffer = False  # a backward is run again on one graph
+
+
 def set_up() -> None:
-    """Ends with the parent; and what compiled code must agree on for the on-disk caches."""
+    """Ends with the parent; and has flash-attn-4 keep what it compiles."""
     end_with_parent()
     # flash-attn-4 compiles for seconds, and keeps nothing on disk unless told to.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     # Its compiler says so of every kernel, of an argument that its authors leave empty.
     warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
-    torch._functorch.config.donated_buffer = False  # a backward is run again on one graph
 
 
 def end_with_parent() -> None:
@@ -194,7 +199,7 @@ def end_with_parent() -> None:
 
 
 def _serve(connection: Connection, device: str, ceilings: bool) -> None:
-    set_up()
+    set_up_sweep()
     on = torch.device(device)
     timing.use_side_stream(on)
     highest = measure_ceilings(on) if ceilings else None

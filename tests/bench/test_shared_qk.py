@@ -15,9 +15,10 @@ import methods.chunks as chunks_module
 import methods.reformer as reformer_module
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group
+from bench.derived import boards
 from bench.measure import Clockwork, Machine, measure_group
 from bench.oracle import Reference, Verdict, build_reference, cotangent, judge, sample_rows
-from bench.record import environment
+from bench.record import PHASES, environment
 from methods import Layout, Problem
 from methods.blockwise import blockwise
 from methods.chunks import merge
@@ -169,7 +170,7 @@ def test_planted_faults_are_caught(
 GROUP = Group(
     problem=P, block_size=(128, 128),
     cells=(Cell("reformer:chunk=64,n_rounds=2", "blockwise"), Cell("reformer", "flex")),
-    phases=("layout", "fwd", "bwd", "fwd_bwd"), device="cpu", seed=0, rounds=2, seconds=0.0,
+    phases=PHASES, device="cpu", seed=0, rounds=2, seconds=0.0,
     run="test",
 )  # fmt: skip
 
@@ -193,6 +194,10 @@ def test_cells_are_gated_counted_and_timed(monkeypatch: pytest.MonkeyPatch) -> N
     found = measure_group(GROUP, Machine(env), lambda cell: None, Clockwork())
     rows = {row.phase: row for row in found[GROUP.cells[0]]}
     assert {row.status for row in rows.values()} == {"ok"}
+    assert 0 < rows["prepare"].median_us < rows["fwd"].median_us
+    (board,) = boards(rows.values())
+    (cell,) = board.cells
+    assert board.prepare_share(cell) == rows["prepare"].median_us / rows["fwd"].median_us
     assert rows["fwd_bwd"].error_dq > 0 and rows["fwd_bwd"].error_dk > 0
     # Two rounds of four heads; of four rows of blocks the first visits one, the others two.
     assert rows["fwd"].computed_pairs == 2 * 4 * 7 * 128**2

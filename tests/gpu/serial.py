@@ -1,8 +1,8 @@
-"""The same cells compiled and timed one after the other in one process, as most harnesses do.
+"""Cells of a sweep compiled and timed one after the other in one process, as most harnesses do.
 
-`python -m tests.gpu.serial --output FILE` takes five presets at six lengths from empty caches:
-first through the suite (gate, gradients, compiled ahead on all cores), then one by one with
-torch.compile and CUDA events, and writes the wall time of both.
+`python -m tests.gpu.serial --output FILE` takes five presets at six lengths from empty caches,
+forward and backward, with torch.compile and CUDA events and without a gate, and writes the wall
+time, to be held against that of a sweep.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ import argparse
 import csv
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from bench.ahead import cores
 from bench.record import ROOT, environment
 from methods import METHODS, Problem
 from methods.attend import plan
@@ -27,18 +24,6 @@ from methods.attend import plan
 METHODS_TAKEN = ("standard", "spattention", "spattention_released", "longformer", "bigbird")
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 REPEATS = 30
-
-
-def in_the_suite(folder: str) -> float:
-    """Seconds of a whole run_bench.py, tables and figures included."""
-    command = [sys.executable, str(ROOT / "run_bench.py"), "--methods", *METHODS_TAKEN,
-               "--backends", "flex", "--phases", "fwd_bwd", "--seq-len", *map(str, LENGTHS),
-               "--seconds", "2", "--output", folder, "--run", "suite"]  # fmt: skip
-    fresh = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-                          "TRITON_CACHE_DIR": f"{folder}/triton"}  # fmt: skip
-    start = time.perf_counter()
-    subprocess.run(command, env=fresh, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
 
 
 def one_by_one(device: torch.device) -> float:
@@ -71,17 +56,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "serial.csv")
     output, device = parser.parse_args().output, torch.device("cuda:0")
     with tempfile.TemporaryDirectory() as folder:
-        suite = in_the_suite(folder)
-    with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
-        serial = one_by_one(device)
+        seconds = one_by_one(device)
     env = environment(device)
     with output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("device", "code", "cells", "cores", "suite_s", "serial_s", "ratio"))
+        writer.writerow(("device", "code", "cells", "seconds"))
         cells = len(METHODS_TAKEN) * len(LENGTHS)
-        writer.writerow((env.device, env.code, cells, cores(), f"{suite:.0f}",
-                         f"{serial:.0f}", f"{serial / suite:.2f}"))  # fmt: skip
+        writer.writerow((env.device, env.code, cells, f"{seconds:.0f}"))
 
 
 if __name__ == "__main__":
