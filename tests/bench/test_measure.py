@@ -24,7 +24,8 @@ GROUP = Group(
         Cell("standard", "blockwise"), Cell("spattention", "blockwise"),
         Cell("standard", "sdpa-flash"),
     ),
-    phases=("layout", "fwd", "bwd", "fwd_bwd"), device="cpu", seed=3, rounds=3, seconds=0.0, run="test",
+    phases=("layout", "fwd", "bwd", "fwd_bwd"), device="cpu", seed=3, rounds=3, seconds=0.0,
+    run="test",
 )  # fmt: skip
 ENVIRONMENT = environment(torch.device("cpu"))
 
