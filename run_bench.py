@@ -17,12 +17,13 @@ import tyro
 from rich.console import Console
 
 from bench import figures, report, train_report
+from bench.backend_figures import draw_backends
 from bench.backends import BACKENDS
 from bench.compare import compare, sides
 from bench.paper_run import Paper, reproduce
 from bench.record import read_rows
 from bench.specs import parameters_text
-from bench.sweep import Sweep, default_device, sweep
+from bench.sweep import Sweep, named_device, sweep
 from bench.train import Train, train
 from methods import METHODS
 
@@ -135,7 +136,8 @@ def _plot(command: Plot, console: Console) -> int:
     folder = command.output or _plots_of(command.csv.resolve())
     report.print_report(rows, console)
     train_report.print_training(rows, console)
-    drawn = figures.draw_all(rows, folder) + train_report.draw_training(rows, folder)
+    drawn = figures.draw_all(rows, folder) + draw_backends(rows, folder)
+    drawn += train_report.draw_training(rows, folder)
     console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False)
     return 0
 
@@ -154,7 +156,7 @@ def _list(console: Console) -> int:
         about = (type(method).__doc__ or "").splitlines()[0]
         console.print(f"[bold]{name}[/]  {parameters_text(method) or ''}\n    {about}")
         console.print(f"    {method.paper}", highlight=False)
-    device = default_device()
+    device = named_device(None)
     console.print(f"\nbackends on {device}:")
     for name, backend in BACKENDS.items():
         missing = backend.missing(device)

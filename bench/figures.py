@@ -68,7 +68,7 @@ def _time(board: Board, cell: Cell, phase: str, backend: str) -> Value | None:
     return us and Value(us, row.ci_low_us, row.ci_high_us)
 
 
-def _tokens_per_s(board: Board, cell: Cell, phase: str, backend: str) -> Value | None:
+def tokens_per_s(board: Board, cell: Cell, phase: str, backend: str = "") -> Value | None:
     time = _time(board, cell, phase, backend)
     tokens = board.head.batch * board.head.seq_len * 1e6
     # The slow end of the time is the low end of the rate.
@@ -119,7 +119,7 @@ def _share(axes: Axes, smallest: float, largest: float) -> None:
 
 
 KINDS = (
-    Kind("tokens_per_s", "seq_len", "tokens/s", _tokens_per_s, log_scale),
+    Kind("tokens_per_s", "seq_len", "tokens/s", tokens_per_s, log_scale),
     Kind(
         "speedup", "seq_len", "speed-up over standard", _speedup, factor_scale, BASELINE,
         ideal=True,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench import report
+from bench.derived import BASELINE, boards, in_order
 from bench.record import ROOT, Row, read_rows
 from methods import METHODS
 
@@ -21,6 +22,7 @@ def sections() -> dict[str, Callable[[], str]]:
             _rows("h200/lengths"), backend="flex", clock="device", q_heads=8, head_dim=128
         ),
         "point": lambda: _clocks(_rows("h200/lengths")),
+        "fastest": lambda: _fastest(_rows("h200/backends")),
         "stand-ins": lambda: _stand_ins(_rows("h200/lengths")),
         "cpu-forward": lambda: _forward(_rows("cpu/default")),
         "cpu": lambda: report.headline_markdown(_rows("cpu/default"), backend="blockwise"),
@@ -98,6 +100,25 @@ def _clocks(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _fastest(rows: list[Row]) -> str:
+    """The fastest backend of dense attention and of each method, and their ratio, by N."""
+    found = [board for board in boards(rows) if board.head.clock == "device"]
+    found.sort(key=lambda board: (board.head.q_heads, board.head.seq_len))
+    heads = [f"H = {board.head.q_heads}, N = {board.head.seq_len}" for board in found]
+    lines = [f"| fastest backend | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(found)}"]
+    for method in in_order(row.method for row in rows):
+        cells = []
+        for board in found:
+            own = [c for c in board.cells if c.method == method and board.us(c, "fwd_bwd")]
+            best = min(own, key=lambda cell: board.us(cell, "fwd_bwd"), default=None)
+            gain = best and board.over_fastest_dense(best, "fwd_bwd")
+            times = f" ({gain.value:.2f}x)" if gain and method != BASELINE else ""
+            us = best and board.us(best, "fwd_bwd")
+            cells.append(f"{us:.0f} us, {best.backend}{times}" if best else "-")
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _stand_ins(rows: list[Row]) -> str:
     """The released stand-ins beside the methods that they stand for: pairs, blocks and time."""
     pairs = ("longformer", "mehc_longformer", "bigbird", "mehc_bigbird", "mehc_reformer")
@@ -161,12 +182,30 @@ def _sweep_proofs() -> Iterator[tuple[str, str, str]]:
         (f"{whole} of {len(kills)} ended with every row once"),
         "`make kills`",
     )
-    spent = {x["spent_on"]: float(x["seconds"]) for x in _records("h200/lengths.time")}
-    parts = sorted(spent.items(), key=lambda item: -item[1])
+    for name in ("heads", "backends"):
+        spent = {x["spent_on"]: float(x["seconds"]) for x in _records(f"h200/{name}.time")}
+        parts = sorted(spent.items(), key=lambda item: -item[1])
+        cells = len({_cell(row) for row in _rows(f"h200/{name}")})
+        yield (
+            f"the {sum(spent.values()):.0f} s of `{name}.csv`, {cells} cells, some in the caches",
+            ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts if seconds >= 1),
+            "`run_bench.py`",
+        )
+    cold, warm = (_rows(f"h200/sweep_{name}") for name in ("cold", "warm"))
+    first = {_cell(row): row.median_us for row in cold if row.clock == "device"}
+    pairs = [(first.get(_cell(row)), row.median_us) for row in warm if row.clock == "device"]
+    both = [(a, b) for a, b in pairs if a is not None and min(a, b) >= 50]
+    near = sum(abs(a / b - 1) <= 0.02 for a, b in both)
     yield (
-        f"the {sum(spent.values()):.0f} s of the sweep above, caches empty",
-        ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts if seconds >= 1),
-        "`make bench`",
+        "two sweeps of 36 problems on one machine, device medians of 50 us and more",
+        f"{near} of {len(both)} within 2 %",
+        "`run_bench.py compare`",
+    )
+    (serial,) = _records("h200/serial")
+    yield (
+        "compiled and timed one after the other in one process, without a check",
+        f"{float(serial['seconds']) / int(serial['cells']):.1f} s a cell, {serial['cells']} cells",
+        "`make serial`",
     )
 
 
@@ -197,6 +236,10 @@ def _faults() -> str:
         cells = " | ".join(share[fault, "spattention", n, dtype] for n, dtype in columns)
         lines.append(f"| {fault.replace('_', ' ')} | {cells} |")
     return "\n".join(lines)
+
+
+def _cell(row: Row) -> tuple:
+    return row.problem, row.method, row.params, row.backend
 
 
 def main(path: Path = README) -> None:

@@ -176,10 +176,10 @@ def _times(board: Board, phase: str, keep: int) -> Column:
     texts = []
     for cell in board.cells:
         row = board.row(cell, phase)
-        if row is None:
+        if row is None or (row.status == "ok" and row.median_us is None):
             texts.append(NOTHING)
-        elif row.status != "ok" or row.median_us is None:
-            texts.append(row.status if row.status != "ok" else NOTHING)
+        elif row.status != "ok":
+            texts.append(row.status)
         else:
             texts.append(f"{row.median_us * scale:.{digits}f}{_spread(row)}")
     return Column(f"{PHASE_NAMES[phase]}\n{unit}", texts, keep)

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import figures, masks, report
 from bench.ahead import Ahead, Known, compile_ahead, compile_jobs
+from bench.backend_figures import draw_backends
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group
 from bench.derived import BASELINE
@@ -93,7 +94,8 @@ def sweep(request: Sweep, console: Console) -> int:
         clockwork, rows = _measure(request, groups, store, console)
     with clockwork.on("report"):
         report.print_report(rows, console)
-        drawn = figures.draw_all(rows, plots) + _draw_own_masks(request, rows, plots)
+        drawn = figures.draw_all(rows, plots) + draw_backends(rows, plots)
+        drawn += _draw_own_masks(request, rows, plots)
     clockwork.spent["rest"] = time.perf_counter() - started - sum(clockwork.spent.values())
     _keep_times(csv_path.with_suffix(".time.csv"), clockwork.spent)
     _say_where(csv_path, plots, len(drawn), clockwork.spent, console)
@@ -194,11 +196,6 @@ def _with_defaults(request: Sweep) -> Sweep:
     }
     chosen = {k: v for k, v in defaults.items() if getattr(request, k) is None}
     return replace(request, **chosen | {"device": str(device)})
-
-
-def default_device() -> torch.device:
-    """A GPU where there is one."""
-    return named_device(None)
 
 
 def named_device(text: str | None) -> torch.device:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -117,9 +118,13 @@ class Replay:
     def __init__(self, calls: Sequence[Call], count: int, device: torch.device) -> None:
         self.calls, self.count, self.device = calls, count, device
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(device)):
-            for index in range(count):
-                self.result = calls[index % len(calls)]()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(device)):
+                for index in range(count):
+                    self.result = calls[index % len(calls)]()
+        if any("CUDA Graph is empty" in str(warning.message) for warning in told):
+            raise RuntimeError("the call runs its kernels on a stream of its own")
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self) -> float:

@@ -25,7 +25,7 @@ from bench.derived import UNPAIRED
 from bench.record import ROOT, environment
 from bench.sampling import sample_rounds
 from bench.stats import ratio_interval
-from bench.sweep import default_device
+from bench.sweep import named_device
 from methods import METHODS, Problem
 
 ROUNDS, SECONDS = 30, 2.0
@@ -93,7 +93,7 @@ def verdicts(pairs: list[tuple[dict, dict]]) -> dict[str, Counter]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default=str(default_device()))
+    parser.add_argument("--device", default=str(named_device(None)))
     parser.add_argument("--comparisons", type=int, default=100)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "detection.csv")
     arguments = parser.parse_args()

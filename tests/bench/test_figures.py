@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from bench import figures
+from bench import backend_figures, figures
 from bench.derived import METHOD_ORDER, Cell
 from bench.figures import draw_all
 from bench.style import styles
@@ -211,3 +211,24 @@ def test_variants_of_a_method_share_its_colour_and_differ():
     looks = styles(Cell("longformer", f"window={w}", "flex") for w in (64, 128, 256))
     assert len(set(looks.values())) == 3
     assert len({style.colour for style in looks.values()}) == 1
+
+
+def test_backends_of_a_method_stand_in_one_picture(monkeypatch, tmp_path):
+    """Every backend of the method and of the baseline, by tokens/s; one backend is no picture."""
+    found = {}
+    monkeypatch.setattr(
+        backend_figures, "save", lambda f, stem: [found.setdefault(stem.name, f)]
+    )  # fmt: skip
+    rows = list(sweep_rows((512, 1024), methods=("standard", "spattention", "bigbird")))
+    others = [
+        dataclasses.replace(row, backend="varlen", median_us=row.median_us / 2)
+        for row in rows
+        if row.method == "spattention"
+    ]
+    backend_figures.draw_backends([*rows, *others], tmp_path)
+    clocks = {row.clock for row in rows}
+    assert set(found) == {f"backends_fwd_bwd_{clock}_spattention" for clock in clocks}
+    drawn = lines(found["backends_fwd_bwd_device_spattention"])
+    assert set(drawn) == {"spattention, flex", "spattention, varlen", "standard, flex"}
+    for n, rate in drawn["spattention, flex"].items():
+        assert drawn["spattention, varlen"][n] == pytest.approx(2 * rate)
