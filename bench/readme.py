@@ -121,7 +121,14 @@ def _fastest(rows: list[Row]) -> str:
 
 def _stand_ins(rows: list[Row]) -> str:
     """The released stand-ins beside the methods that they stand for: pairs, blocks and time."""
-    pairs = ("longformer", "mehc_longformer", "bigbird", "mehc_bigbird", "mehc_reformer")
+    pairs = (
+        "longformer",
+        "mehc_longformer",
+        "bigbird",
+        "mehc_bigbird",
+        "reformer",
+        "mehc_reformer",
+    )
     lengths = (4096, 16384, 65536)
     found = {
         (row.method, row.seq_len): row

@@ -78,6 +78,8 @@ def _routed(
     (q, k, v), own = given[:3], given[3:] or None
     own_globals = global_tokens is not None or own is not None
     if own_globals:
+        if state is not None:
+            raise ValueError("state goes with neither global_tokens nor global_qkv: give one")
         if backend == "varlen":
             raise ValueError("backend 'varlen' takes no global_tokens and no global_qkv")
         method = _with_globals(method, given=global_tokens is not None)

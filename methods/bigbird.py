@@ -75,13 +75,14 @@ class BigBird(Method):
                 and in rows that see all (bidirectional: the first and the last) any, do not count.
 
         Raises:
-            ValueError: wrong shape, or a block that does not exist.
+            ValueError: wrong shape or type, or a block that does not exist.
         """
         wanted = (p.q_heads, self.n_blocks(p))
-        if blocks.ndim != 3 or blocks.shape[:2] != wanted:
+        whole = not (blocks.is_floating_point() or blocks.is_complex())
+        if blocks.ndim != 3 or blocks.shape[:2] != wanted or not whole:
             raise ValueError(
-                f"bigbird: random blocks have shape {list(blocks.shape)}; "
-                f"they must be [{wanted[0]}, {wanted[1]}, any]"
+                f"bigbird: random blocks are {blocks.dtype} of shape {list(blocks.shape)}; "
+                f"they must be whole numbers of shape [{wanted[0]}, {wanted[1]}, any]"
             )
         if blocks.numel() and (blocks.min() < -1 or blocks.max() >= wanted[1]):
             raise ValueError(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from methods.banded import Banded, Interval, dense_pairs, distance_test
 from methods.blocks import computed_pairs
@@ -55,6 +56,8 @@ class Longformer(Banded):
         n_global: tokens at the start that are global.
         dilation: distance between neighbours in the window, of all heads or one a head.
     Deviations: global rows share the ordinary projections unless `attend_globals` is given more.
+    Dilated heads are computed in residue order, which skips more blocks, where globals are a
+    prefix that shares projections; else in token order.
     """
 
     name: ClassVar[str] = "longformer"
@@ -174,13 +177,15 @@ class Longformer(Banded):
             """Whether a global token is in first..last."""
             return count[b, last + 1] > count[b, first]
 
-        if p.causal:
-            rows, columns = holds(torch.maximum(q0, k0), q1), holds(k0, torch.minimum(k1, q1))
-        else:
-            rows, columns = holds(q0, q1), holds(k0, k1)
-        some = within(h, q0 - k1, q1 - k0)[0] | columns
         # From first to last ordinary token a block is a smaller one, whose distances decide.
         first_q, last_q, first_k, last_k = after[b, q0], before[b, q1], after[b, k0], before[b, k1]
+        low, high = (first_q, last_q) if state.apart else (q0, q1)
+        if p.causal:
+            end = torch.minimum(k1, high)
+            rows, columns = holds(torch.maximum(q0, k0), q1), (k0 <= end) & holds(k0, end)
+        else:
+            rows, columns = holds(q0, q1), holds(k0, k1)
+        some = within(h, low - k1, high - k0)[0] | columns
         every = within(h, first_q - last_k, last_q - first_k)[1]
         every = every | (first_q > q1) | (first_k > k1)
         if p.causal:
@@ -205,13 +210,20 @@ class Longformer(Banded):
         block_size: tuple[int, int] = (128, 128),
     ) -> Layout:  # fmt: skip
         """Token order, or residue order where dilation makes that touch fewer blocks."""
-        if state is None and max(self.steps(p)) > 1:
-            sorted_tokens = ResidueOrder(self)
-            masks = (static_parts(x, p, q.device, block_size)[0] for x in (sorted_tokens, self))
-            in_order, in_place = (computed_pairs(mask, p) for mask in masks)
-            if in_order < in_place:
-                return sorted_tokens.layout(q, k, v, p, None, block_size)
+        dilated = state is None and max(self.steps(p)) > 1
+        if dilated and _residue_saves(self, p, q.device, block_size):
+            return ResidueOrder(self).layout(q, k, v, p, None, block_size)
         return super().layout(q, k, v, p, state, block_size)
+
+
+@lru_cache(maxsize=256)
+def _residue_saves(
+    method: Longformer, p: Problem, device: torch.device, block_size: tuple[int, int]
+) -> bool:
+    """Whether residue order touches fewer blocks; counting them waits for the device, so once."""
+    masks = (static_parts(x, p, device, block_size)[0] for x in (ResidueOrder(method), method))
+    in_order, in_place = (computed_pairs(mask, p) for mask in masks)
+    return in_order < in_place
 
 
 def _window_pairs(ordinary: Tensor, half: int, step: int, causal: bool) -> int:
@@ -277,11 +289,9 @@ def attend_globals(
     Raises:
         ValueError: global_tokens or global_qkv has the wrong shape.
     """
-    if global_tokens is None:
-        prefix = torch.arange(p.seq_len, device=q.device) < method.n_global
-        global_tokens = prefix.expand(p.batch, p.seq_len)
-    global_tokens = torch.as_tensor(global_tokens, device=q.device)
-    state = method.globals_state(global_tokens, p)
+    state = None
+    if global_tokens is not None:
+        state = method.globals_state(torch.as_tensor(global_tokens, device=q.device), p)
     if global_qkv is None:
         return _run(run, method.layout(q, k, v, p, state, block_size))
     if [x.shape for x in global_qkv] != [q.shape, k.shape, v.shape]:
@@ -289,9 +299,15 @@ def attend_globals(
             f"longformer: global_qkv has shapes {[list(x.shape) for x in global_qkv]}; "
             f"they must be those of q, k, v: {[list(x.shape) for x in (q, k, v)]}"
         )
-    apart = dataclasses.replace(state, apart=True)
-    ordinary = _run(run, method.layout(q, k, v, p, apart, block_size))
-    return ordinary + _run(run, _global_rows_layout(*global_qkv, p, global_tokens, block_size))
+    if state is None:
+        parts = _prefix_parts(method, p, q.device, block_size)
+    else:
+        parts = _apart(method, p, state.tokens, block_size)
+    rows = Layout(
+        _take(global_qkv[0], parts.order), *global_qkv[1:], parts.rows,
+        restore=lambda out, lse: _take(out, parts.back),
+    )  # fmt: skip
+    return _run(run, Layout(q, k, v, parts.ordinary)) + _run(run, rows)
 
 
 def _run(run: Run, layout: Layout) -> Tensor:
@@ -299,15 +315,34 @@ def _run(run: Run, layout: Layout) -> Tensor:
     return out if layout.restore is None else layout.restore(out, lse)
 
 
-def _global_rows_layout(
-    q: Tensor, k: Tensor, v: Tensor, p: Problem, tokens: Tensor, block_size: tuple[int, int]
-) -> Layout:
-    """Global rows first, the other rows empty: shapes do not depend on how many are global."""
+class _Apart(NamedTuple):
+    """Block lists of ordinary rows and of global ones, and the order of tokens in the latter."""
+
+    ordinary: BlockMask
+    rows: BlockMask
+    order: Tensor
+    back: Tensor
+
+
+def _apart(method: Longformer, p: Problem, tokens: Tensor, block_size: tuple[int, int]) -> _Apart:
+    """Global rows come first, the others are empty: shapes do not depend on how many there are."""
     order = (~tokens).byte().argsort(dim=1, stable=True)
-    back = order.argsort(dim=1)
     state = (order.int(), tokens.sum(1, dtype=torch.int32))
-    layout = _GlobalRows().layout(_take(q, order), k, v, p, state, block_size)
-    return dataclasses.replace(layout, restore=lambda out, lse: _take(out, back))
+    return _Apart(
+        method.blocks(p, tokens.device, block_size, GlobalTokens(tokens, apart=True)),
+        _GlobalRows().blocks(p, tokens.device, block_size, state),
+        order,
+        order.argsort(dim=1),
+    )
+
+
+@lru_cache(maxsize=64)
+def _prefix_parts(
+    method: Longformer, p: Problem, device: torch.device, block_size: tuple[int, int]
+) -> _Apart:
+    """Of a prefix, which is the same in every call."""
+    prefix = torch.arange(p.seq_len, device=device) < method.n_global
+    return _apart(method, p, prefix.expand(p.batch, p.seq_len), block_size)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ def _share(seq_len: int, part: int, most: int) -> int:
 class MehcLongformer(_StandIn):
     """Stand-in, not Longformer: a window and first tokens whose numbers follow from N.
 
-    i - j <= min(256, N // 4), or j is one of min(16, N // 32) first tokens. No dilation, and no
-    projections for global tokens. For N >= 1024 it is Longformer's causal mask with a window of
-    512 and 16 global tokens.
+    i - j <= min(256, N // 4), or j is one of min(16, N // 32) first tokens, each at least 1. No
+    dilation, and no projections for global tokens. For N >= 1024 it is Longformer's causal mask
+    with a window of 512 and 16 global tokens.
     """
 
     name: ClassVar[str] = "mehc_longformer"
@@ -59,8 +59,9 @@ class MehcLongformer(_StandIn):
 class MehcBigBird(_StandIn):
     """Stand-in, not BigBird: a window, first tokens and every s-th distance; nothing is random.
 
-    i - j <= min(128, N // 8), or j is one of min(8, N // 64) first tokens, or i - j is a multiple
-    of s = max(16, N // 32). No blocks, no heads: up to N = 4096, blocks of 128 skip nothing.
+    i - j <= min(128, N // 8), or j is one of min(8, N // 64) first tokens, each at least 1, or
+    i - j is a multiple of s = max(16, N // 32). No blocks, no heads: up to N = 4096, blocks of 128
+    skip nothing.
     """
 
     name: ClassVar[str] = "mehc_bigbird"
@@ -92,8 +93,9 @@ class MehcReformer(_StandIn):
     """Stand-in, not Reformer: buckets by position and a window; nothing is hashed or sorted.
 
     3 (i - j) mod m is 0, 1 or m - 1, with m = N // min(64, N // 8) and at least 2, or
-    i - j <= min(8, N // 4). The released bucket of a token is (3 i + 13 h + 7) mod m, and the same
-    or a neighbouring bucket is seen: h cancels. Up to N = 32768, blocks of 128 skip nothing.
+    i - j <= min(8, N // 4), each minimum at least 1. The released bucket of a token is
+    (3 i + 13 h + 7) mod m, and the same or a neighbouring bucket is seen: h cancels. Up to
+    N = 32768, whole blocks of 128 skip nothing.
     """
 
     name: ClassVar[str] = "mehc_reformer"

@@ -50,7 +50,7 @@ class Pinned(Method):
     """A method's pattern for seq_len tokens, of which a sample sees the first.
 
     Attributes:
-        inner: a method without a layout of its own.
+        inner: a method; a layout of its own is not used.
         seq_len: length that the pattern is drawn for; None for that of the call.
     """
 

@@ -96,6 +96,14 @@ def test_a_given_set_takes_the_place_of_the_prefix():
     torch.testing.assert_close(listed, expected, atol=1e-12, rtol=0)
 
 
+def test_a_state_goes_with_no_global_tokens():
+    q, k, v = tensors(n=96)
+    tokens = torch.zeros(2, 96, dtype=torch.bool)
+    for given in ({"global_tokens": tokens}, {"global_qkv": (q, k, v)}):
+        with pytest.raises(ValueError, match=r"^state goes with neither .*$"):
+            attend(q, k, v, "longformer", state=tokens, **given)
+
+
 def test_random_blocks_of_the_callers_own():
     q, k, v = tensors(n=96, dtype=torch.float64)
     method, p = BigBird(block=16, n_random=1), Problem(batch=2, q_heads=4, seq_len=96, head_dim=16)

@@ -282,12 +282,21 @@ def test_golden_counts() -> None:
 
 
 @pytest.mark.parametrize("multiplicity", [False, True])
-def test_causality(multiplicity: bool) -> None:
-    p, method, cut = problem(300), BigBird(16, multiplicity=multiplicity), 170
+@pytest.mark.parametrize("given", [False, True])
+def test_causality(multiplicity: bool, given: bool) -> None:
+    """Of drawn blocks, and of given ones that repeat each other and lie in the future too."""
+    p, cut = problem(300), 170
+    method = BigBird(16, multiplicity=multiplicity, last_row_dense=given)
+    state = None
+    if given:
+        blocks = torch.randint(
+            0, 19, (p.q_heads, 19, 3), generator=torch.Generator().manual_seed(0)
+        )
+        state = method.drawn_blocks(blocks.repeat(1, 1, 2), p)
     first, second = operands(p), operands(p, 1)
     tails = zip(first, second, strict=True)
     changed = [torch.cat((x[:, :, :cut], y[:, :, cut:]), 2) for x, y in tails]
-    before, after = run(method, first, p), run(method, changed, p)
+    before, after = run(method, first, p, state), run(method, changed, p, state)
     assert torch.equal(before[:, :, :cut], after[:, :, :cut])
     assert not torch.equal(before[:, :, cut:], after[:, :, cut:])
 
@@ -336,7 +345,7 @@ def test_more_random_blocks_than_exist(causal: bool) -> None:
     [
         ((2, 4, 3), 4, "random blocks are 4 to 4; they must be -1 .none. to 3"),
         ((2, 4, 3), -2, "random blocks are -2"),
-        ((2, 3, 3), 0, r"shape \[2, 3, 3\]; they must be \[2, 4, any\]"),
+        ((2, 3, 3), 0, r"shape \[2, 3, 3\]; they must be whole numbers of shape \[2, 4, any\]"),
         ((1, 4, 3), 0, r"shape \[1, 4, 3\]"),
         ((4, 3), 0, r"shape \[4, 3\]"),
     ],
@@ -344,3 +353,5 @@ def test_more_random_blocks_than_exist(causal: bool) -> None:
 def test_bad_blocks(shape: tuple[int, ...], value: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BigBird().drawn_blocks(torch.full(shape, value), problem(256))
+    with pytest.raises(ValueError, match=r"torch.float32 .* must be whole numbers"):
+        BigBird().drawn_blocks(torch.zeros(2, 4, 3), problem(256))

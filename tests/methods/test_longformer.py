@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
-from methods import Layout, Problem
+import methods.longformer as longformer_module
+from methods import Layout, Problem, attend
 from methods.blocks import computed_pairs
 from methods.blockwise import blockwise
-from methods.longformer import Longformer, attend_globals
+from methods.longformer import GlobalTokens, Longformer, _GlobalRows, attend_globals
+from methods.pinned import Pinned, Spans
 from methods.residue import ResidueOrder
 from methods.standard import Standard
 from tests.methods.dense import (
@@ -129,6 +131,22 @@ def test_equals_transformers_with_padding(window: int, seq_len: int, share: floa
     assert (actual.masked_fill(pad[:, None, :, None], 0) - expected).abs().max() < 1e-6
 
 
+def test_padding_of_the_suite_is_that_of_transformers() -> None:
+    """By the spans of samples, as models call it; the projections of globals are tied to it."""
+    p = problem(256, causal=False, batch=2)
+    lengths = torch.tensor([245, 131], dtype=torch.int32)
+    pad = torch.arange(256) >= lengths[:, None]
+    module, x = reference_module(32), torch.randn(2, 256, HEADS * DIM).double()
+    for name in ("query", "key", "value"):
+        getattr(module, f"{name}_global").load_state_dict(getattr(module, name).state_dict())
+    tokens = some_tokens(p, 0.06) & ~pad
+    state = Spans(torch.zeros_like(lengths), lengths, GlobalTokens(tokens))
+    method = Pinned(Longformer(window=32))
+    actual = attend(*projections(module, x), method, causal=False, state=state)
+    expected = reference(module, x, tokens, pad)
+    assert (actual.masked_fill(pad[:, None, :, None], 0) - expected).abs().max() < 1e-6
+
+
 def test_tied_projections_need_one_call() -> None:
     p = problem(96, causal=False, batch=2)
     module, x = reference_module(16), torch.randn(2, 96, HEADS * DIM).double()
@@ -224,9 +242,31 @@ def test_lists_of_sets_are_safe_where_not_exact(causal: bool) -> None:
                 )
                 assert not (full & ~true_full).any()
                 assert not (needed & ~touched).any()
-                assert apart or torch.equal(needed, touched)
+                assert (apart and dilation > 1) or torch.equal(needed, touched)
             if not apart:
                 assert method.allowed_pairs(p, state) == int(dense_mask(method, p, state)[0].sum())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_lists_of_global_rows(causal: bool) -> None:
+    """Of the second call: rows of global tokens come first, sorted, and see all keys."""
+    p = problem(260, causal, heads=2, batch=2)
+    for tokens, block_size in product(global_sets(p), BLOCK_SIZES):
+        order = (~tokens).byte().argsort(dim=1, stable=True)
+        state = (order.int(), tokens.sum(1, dtype=torch.int32))
+        assert_lists_equal(_GlobalRows(), p, block_size, state)
+
+
+def test_static_parts_of_a_prefix_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dilated or with projections of their own: later calls evaluate no grid and count nothing."""
+    for method, own in ((Longformer(32, dilation=4), 0), (Longformer(32, 4), 3)):
+        q, k, v, *others = (torch.randn(1, HEADS, 256, DIM) for _ in range(3 + own))
+        given = {"global_qkv": tuple(others)} if own else {}
+        first = attend(q, k, v, method, **given)
+        monkeypatch.setattr(longformer_module, "computed_pairs", pytest.fail)
+        monkeypatch.setattr(Longformer, "grid", pytest.fail)
+        assert torch.equal(attend(q, k, v, method, **given), first)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
