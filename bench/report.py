@@ -209,8 +209,7 @@ def _notes(board: Board) -> Iterator[Text]:
     """Below the table: parameters, why cells have no figures, and what cannot be right."""
     known = {cell.method: cell for cell in board.cells if cell.params}
     labels = set(_labels(board.cells))
-    named = [f"{name} {cell.params}" for name, cell in known.items() if name in labels]
-    if named:
+    if named := [f"{name} {cell.params}" for name, cell in known.items() if name in labels]:
         yield Text("parameters: " + "; ".join(named).replace(",", ", "), style="dim")
     yield from _prepared(board)
     yield from _reasons(board)
