@@ -6,12 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from bench.derived import BASELINE, PROBLEM, Board, Cell, boards
-from bench.figures import AXES, PHASES, draw_series, length_text, log_scale, tokens_per_s
+from bench.figures import AXES, PHASES, doubling_axis, draw_series, log_scale, tokens_per_s
 from bench.record import CLOCKS, Row
 from bench.report import problem_title
 from bench.style import Style, save
@@ -81,22 +80,12 @@ def _figure(
         draw_series(axes, across, values, style, f"{cell.method}, {cell.backend}")
         ys += [value.y for value in values if value]
     log_scale(axes, min(ys), max(ys))
-    _lengths(axes, across)
+    axes.yaxis.set_minor_locator(NullLocator())
+    doubling_axis(axes, across)
+    axes.set_xlabel(AXES[AXIS], fontsize=9)
     axes.set_ylabel("tokens/s", fontsize=9)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3.5)
     what = f"tokens/s · {PHASES[phase]} · {timed[0].label} by backend · {head.clock} clock"
     shared = problem_title(head, without={AXIS})
     figure.suptitle(f"{what}\n{shared}", fontsize=9, x=0.02, ha="left")
     return figure
-
-
-def _lengths(axes: Axes, across: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(across))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_text(round(x))))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(AXES[AXIS], fontsize=9)
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)

@@ -46,7 +46,12 @@ def measure_ceilings(device: torch.device) -> Ceilings | None:
 def beyond(
     ceilings: Ceilings, p: Problem, phase: str, allowed_pairs: int, us: float
 ) -> str | None:
-    """Why a time by the device's clock cannot be true, in one line; None where it can."""
+    """Why a time by the device's clock cannot be true, in one line; None where it can.
+
+    A phase that runs no product is not bounded.
+    """
+    if phase not in FLOPS_PER_PAIR:
+        return None
     rate = FLOPS_PER_PAIR[phase] * p.head_dim * allowed_pairs * p.batch / us * 1e-6
     if rate > ceilings.matmul_tflop_s:
         return (

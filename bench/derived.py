@@ -81,7 +81,11 @@ class Board:
         return [c for c in self.cells if c.method == BASELINE and backend in (None, c.backend)]
 
     def fastest_dense(self, phase: str) -> Cell | None:
-        timed = [cell for cell in self.dense() if self.us(cell, phase)]
+        return self.fastest(BASELINE, phase)
+
+    def fastest(self, method: str, phase: str) -> Cell | None:
+        """A method's cell with the least time, whatever its backend and parameters."""
+        timed = [cell for cell in self.cells if cell.method == method and self.us(cell, phase)]
         return min(timed, key=lambda cell: self.us(cell, phase), default=None)
 
     def tokens_per_s(self, cell: Cell) -> float | None:

@@ -229,14 +229,8 @@ class Drawing:
                 )
         if self.kind.unity:
             axes.axhline(1, color="#000000", linewidth=1, zorder=1, label=self.kind.unity)
-        axes.set_xscale("log", base=2)
+        doubling_axis(axes, _apart(across))
         axes.set_xlim(across[0] / 1.3, across[-1] * 1.3)
-        axes.xaxis.set_major_locator(FixedLocator(_apart(across)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_text(round(x))))
-        axes.set_axisbelow(True)
-        axes.grid(True, color="#dddddd", linewidth=0.6)
-        axes.tick_params(labelsize=8)
 
     def _cells(self, panel: Sequence[Board]) -> list[Cell]:
         order = list(self.looks)
@@ -333,6 +327,17 @@ def draw_series(
             xs, centres, np.transpose(reach), fmt="none", ecolor=look.colour, elinewidth=1,
             capsize=2.5,
         )  # fmt: skip
+
+
+def doubling_axis(axes: Axes, ticks: Sequence[int]) -> None:
+    """Numbers across that double from tick to tick, and a grid behind what is drawn."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_text(round(x))))
+    axes.set_axisbelow(True)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.tick_params(labelsize=8)
 
 
 def length_text(count: int) -> str:

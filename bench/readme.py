@@ -109,8 +109,7 @@ def _fastest(rows: list[Row]) -> str:
     for method in in_order(row.method for row in rows):
         cells = []
         for board in found:
-            own = [c for c in board.cells if c.method == method and board.us(c, "fwd_bwd")]
-            best = min(own, key=lambda cell: board.us(cell, "fwd_bwd"), default=None)
+            best = board.fastest(method, "fwd_bwd")
             gain = best and board.over_fastest_dense(best, "fwd_bwd")
             times = f" ({gain.value:.2f}x)" if gain and method != BASELINE else ""
             us = best and board.us(best, "fwd_bwd")

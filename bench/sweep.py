@@ -59,7 +59,7 @@ class Sweep:
     block_size: tuple[str, ...] = ("128",)
     """Blocks of the mask: ROWS or ROWSxKEYS."""
     phases: tuple[str, ...] = tuple(phase for phase in PHASES if phase != "prepare")
-    """What is timed: layout, fwd, bwd, fwd_bwd."""
+    """What is timed: layout, fwd, bwd, fwd_bwd; prepare is Reformer's hash, sort and gather."""
     device: str | None = None
     """cpu or cuda:0; by default a GPU where there is one."""
     rounds: int = 30

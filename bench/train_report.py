@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bench.derived import BASELINE, PROBLEM, Cell, boards, compare, in_order
-from bench.figures import Value, draw_series, factor_scale, length_text, log_scale
+from bench.figures import Value, doubling_axis, draw_series, factor_scale, log_scale
 from bench.record import STEP, Row
 from bench.step_attention import IDENTITY
 from bench.style import Style, save, styles
@@ -306,12 +306,7 @@ def _figure(found: Sequence[Training], label: str) -> tuple:
     axes = figure.subplots()
     axes.set_ylabel(label, fontsize=9)
     axes.set_xlabel("sequence length N (k = 1024)", fontsize=9)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator([training.head.seq_len for training in found]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_text(round(x))))
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.tick_params(labelsize=8)
+    doubling_axis(axes, [training.head.seq_len for training in found])
     figure.suptitle(_title(found[0].head, length=False), fontsize=9, x=0.02, ha="left")
     return figure, axes
 
