@@ -91,28 +91,39 @@ def refusal(method: Method, p: Problem) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Calls whose query rows, and key rows, are all different, and whether they are all rows."""
+    """Calls whose query rows, and key rows, are all different, and the rows in none of them.
+
+    Attributes:
+        idle_queries: int64, rows of out.
+        idle: int64, rows of dq, dk and dv below one another.
+    """
 
     calls: tuple[Spans, ...]
-    every_query: bool
-    every_key: bool
+    idle_queries: Tensor
+    idle: Tensor
 
 
 def prepared(method: Banded, p: Problem, device: torch.device) -> tuple[Layer, ...]:
     """The layers on a device: a call takes one window, so that pieces are grouped by it."""
-    made = []
+    made, rows = [], p.batch * p.q_heads * p.seq_len
     for pieces in layers(method, p):
         windows = {piece.window: None for piece in pieces}
         calls = [_call([x for x in pieces if x.window == w], p, device) for w in windows]
-        rows = p.q_heads * p.seq_len
+        queries = _idle([(x.q_starts, x.q_lengths) for x in calls], rows, device)
+        keys = _idle([(x.k_starts, x.k_lengths) for x in calls], rows, device)
         made.append(
-            Layer(
-                tuple(calls),
-                sum(piece.queries for piece in pieces) == rows,
-                sum(piece.keys for piece in pieces) == rows,
-            )
+            Layer(tuple(calls), queries, torch.cat((queries, keys + rows, keys + 2 * rows)))
         )
     return tuple(made)
+
+
+def _idle(spans: Sequence[tuple[Tensor, Tensor]], rows: int, device: torch.device) -> Tensor:
+    """Rows that no sequence has, from starts and lengths."""
+    free = torch.ones(rows, dtype=torch.bool)
+    for starts, lengths in spans:
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=False):
+            free[start : start + length] = False
+    return free.nonzero().flatten().to(device)
 
 
 def _call(pieces: Sequence[Piece], p: Problem, device: torch.device) -> Spans:
@@ -194,21 +205,19 @@ class _Attention(torch.autograd.Function):
         for layer in ctx.layers:
             # With the merged out and lse each layer's weights are its part of the one softmax,
             # so that its gradients are terms of a sum.
-            grads = [_empty_or_zero(q, layer.every_query)]
-            grads += [_empty_or_zero(x, layer.every_key) for x in (k, v)]
+            grads = q.new_empty(3, *q.shape)
+            _zero_rows(grads.view(-1, q.shape[-1]), layer.idle)
             for call in layer.calls:
                 ctx.kernel.backward(dout, q, k, v, out, lse, *grads, call)
-            if total is None:
-                total = grads
-            else:
-                torch._foreach_add_(total, grads)
+            total = grads if total is None else total.add_(grads)
         return *(x.view(ctx.shape) for x in total), None, None, None
 
 
 def _layer_forward(
     kernel: Kernel, layer: Layer, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    out = _empty_or_zero(q, layer.every_query)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _zero_rows(out.view(-1, q.shape[-1]), layer.idle_queries)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = torch.full((1, len(q)), -torch.inf, dtype=dtype, device=q.device)
     for call in layer.calls:
@@ -216,10 +225,10 @@ def _layer_forward(
     return out, lse
 
 
-def _empty_or_zero(like: Tensor, written: bool) -> Tensor:
-    """A tensor for a kernel to write into; rows that it will not write are 0."""
-    make = torch.empty_like if written else torch.zeros_like
-    return make(like, memory_format=torch.contiguous_format)
+def _zero_rows(x: Tensor, rows: Tensor) -> None:
+    """Eight bytes at a time, which is how all head dimensions that a kernel takes divide."""
+    if len(rows):
+        x.view(torch.int64).index_fill_(0, rows, 0)
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
