@@ -104,7 +104,9 @@ def test_a_number_is_right_or_there_is_none(backend):
         Problem(seq_len=n, kv_heads=heads, head_dim=dim)
         for n, heads, dim in ((1024, 8, 128), (1000, 2, 128), (1024, 8, 64))
     ]
-    names = [name for name in WINDOWS if BACKENDS[backend].computes(METHODS[name])]
+    # Their compiler takes half a minute a kernel, so not every preset.
+    some = ("standard", "sliding_window", "spattention", "longformer")
+    names = [name for name in some if BACKENDS[backend].computes(METHODS[name])]
     for group, cell, row in gated(backend, problems, names):
         place = f"{cell.method} {group.problem}: {row.status} {row.reason}"
         assert row.status in ("ok", "unsupported", "mismatch"), place
