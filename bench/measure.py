@@ -173,7 +173,8 @@ class _Bench:
         try:
             attention = self._attention(prepared, wanted)
         except (*UNSUPPORTED, *backend.says_no) as error:
-            prepared.refused |= {x: ("unsupported", one_line(error)) for x in wanted}
+            reason = _no_tiles(self.group.block_size, error) or one_line(error)
+            prepared.refused |= {x: ("unsupported", reason) for x in wanted}
             return prepared
         except CELL_ERRORS as error:
             if out_of_memory(error) or lost_device(error):
@@ -295,8 +296,10 @@ class _Bench:
             try:
                 sampler, clock = timing.device_sampler(calls, self.device), "device"
             except RuntimeError as error:
-                if out_of_memory(error) or lost_device(error):
+                if out_of_memory(error):
                     raise
+                # A failed capture is a "CUDA error", too; a lost device says so here.
+                torch.cuda.synchronize(self.device)
                 sampler, clock = timing.kernels_sampler(calls[0], self.device), "kernels"
             prepared.samplers[phase, clock] = sampler
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
@@ -340,6 +343,17 @@ def _check_graphs(prepared: Prepared) -> None:
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def _no_tiles(block_size: tuple[int, int], error: BaseException) -> str | None:
+    """What torch means where none of the tiles it tries on a device divides the blocks."""
+    if "NoValidChoicesError" not in str(error) or not any(size % 128 for size in block_size):
+        return None
+    rows, keys = block_size
+    return (
+        f"FlexAttention has no tiles on this device for blocks of {rows}x{keys}; "
+        "multiples of 128 always have some"
+    )
 
 
 def _poison(device: torch.device, size: int) -> None:

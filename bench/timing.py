@@ -57,12 +57,25 @@ def device_sampler(calls: Sequence[Call], device: torch.device) -> Replay:
     """
     for call in calls:
         call()  # every lazy initialisation happens before the capture
+    _must_not_wait(calls[0])
     once = Replay(calls, len(calls), device)
     once()
     rounds = math.ceil(REPLAY_US / (len(calls) * max(once(), 0.1)))
     sample = once if rounds == 1 else Replay(calls, len(calls) * rounds, device)
     sample()
     return sample
+
+
+def _must_not_wait(call: Call) -> None:
+    """Raises RuntimeError where a call waits for the device, as no capture can.
+
+    A capture that breaks off for it would leave torch's allocator in the middle of a capture.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def kernels_sampler(call: Call, device: torch.device) -> Sampler:

@@ -263,5 +263,17 @@ def test_memory_is_poisoned_before_the_gate(monkeypatch):
     assert row.status == "mismatch"
 
 
+@pytest.mark.parametrize("block_size", [(64, 32), (128, 256)])
+def test_blocks_without_tiles_are_unsupported_in_plain_words(monkeypatch, block_size):
+    error = NotImplementedError("LoweringException: NoValidChoicesError: No choices to select")
+    broken = replace(BACKENDS["sdpa-flash"], build=partial(raising, error))
+    monkeypatch.setitem(BACKENDS, "sdpa-flash", broken)
+    group = replace(GROUP, cells=GROUP.cells[2:], block_size=block_size, phases=("fwd",))
+    (row,) = run(group)[GROUP.cells[2]]
+    assert row.status == "unsupported"
+    assert ("blocks of 64x32" in row.reason) == (block_size == (64, 32))
+    assert ("No choices to select" in row.reason) == (block_size != (64, 32))
+
+
 def test_failures_say_what_they_are():
     assert measure.one_line(ValueError("a\n  b")) == "ValueError: a b"

@@ -109,7 +109,11 @@ def test_other_block_sizes():
     found = statuses(work)
     assert len(found) == len(sizes) * len(PUBLISHED)
     for group, cell, row in found:
-        assert row.status == "ok", f"{cell.method}, {group.block_size}: {row.reason}"
+        place = f"{cell.method}, {group.block_size}: {row.status} {row.reason}"
+        if any(size % 128 for size in group.block_size) and row.status == "unsupported":
+            assert "no tiles on this device" in row.reason, place
+        else:
+            assert row.status == "ok", place
         assert (row.q_block, row.kv_block) == group.block_size
 
 
