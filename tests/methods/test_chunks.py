@@ -1,0 +1,101 @@
+"""Tokens in the order of their buckets, and the blocks that kernels visit there."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from methods.attend import executor, plan
+from methods.blocks import computed_pairs
+from methods.blockwise import blockwise
+from methods.chunks import Chunks
+from methods.reformer import Reformer
+from tests.methods.dense import CPU, assert_lists_equal, listed
+from tests.methods.test_reformer import BATCH, HEADS, operands, problem, run
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_every_round_is_sorted_by_bucket_then_position(dtype: torch.dtype) -> None:
+    """Buckets of any size and sign; those of one round mean nothing to the next."""
+    p, method = problem(50), Reformer(chunk=10, n_rounds=3)
+    generator, most = torch.Generator().manual_seed(4), min(torch.iinfo(dtype).max, 2**31 - 1)
+    drawn = torch.tensor([-most - 1, -7, 0, 3, most])
+    buckets = drawn[torch.randint(5, (BATCH, HEADS, 3, 50), generator=generator)].to(dtype)
+    state = method.rounds(buckets, p)
+    for line in itertools.product(range(BATCH), range(HEADS), range(3)):
+        given, order = buckets[line].tolist(), state.order[line].tolist()
+        assert order == sorted(range(50), key=lambda token, given=given: (given[token], token))
+        assert state.slot[line][order].tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("block_size", [(8, 8), (16, 16), (32, 32), (64, 64), (32, 16), (16, 64)])
+@pytest.mark.parametrize("mode", ["exact", "transformers"])
+def test_lists_are_those_of_near_chunks(mode: str, block_size: tuple[int, int]) -> None:
+    """Blocks of half a chunk to four chunks, and ragged ones."""
+    for (before, after), rounds, n in itertools.product(
+        ((1, 0), (2, 0), (1, 1), (0, 0)), (1, 3), (48, 96, 112, 160)
+    ):
+        method = Reformer(
+            chunk=16, n_rounds=rounds, before=before, after=after, mode=mode, n_buckets=2
+        )
+        both_ways = problem(n, causal=False)
+        chunks = Chunks(method)
+        assert_lists_equal(chunks, chunks.problem(both_ways), block_size)
+        # Where the data say which pairs take part, the same blocks are visited, none as full.
+        p = chunks.problem(problem(n))
+        mine = method.blocks(problem(n), CPU, block_size)
+        static = method.blocks(both_ways, CPU, block_size)
+        for side in ("kv", "q"):
+            visited = listed(static, side, p) | listed(static, f"full_{side}", p)
+            assert torch.equal(listed(mine, side, p), visited)
+            assert not listed(mine, f"full_{side}", p).any()
+
+
+def test_blocks_do_not_depend_on_the_data() -> None:
+    p = problem(128)
+    method = Reformer(chunk=16, n_rounds=2)
+    masks = []
+    for seed in range(2):
+        x, v = operands(p, seed)
+        state = method.prepare(x, x, p)
+        masks.append(method.layout(x, x, v, p, state, (32, 32)).block_mask)
+    first, second = masks
+    assert first.kv_indices is second.kv_indices and first.q_indices is second.q_indices
+    assert first.mask_mod is not second.mask_mod
+    as_seen = replace(p, q_heads=2 * HEADS, kv_heads=2 * HEADS)
+    assert computed_pairs(first, as_seen) == 2 * HEADS * (1 + 2 * 3) * 32 * 32
+
+
+def test_compiled_flex_sees_the_same_slots_and_compiles_once() -> None:
+    """The rounds before they are merged: that takes the log-sum-exp, which a CPU's lacks."""
+    method = Reformer(chunk=16, n_rounds=2, n_buckets=4, within_buckets=True)
+    p = problem(100, dtype="float32")
+    compiled = executor("flex", p)
+    counters.clear()
+    for seed in range(3):
+        x, v = (t.detach() for t in operands(p, seed))
+        layout = method.layout(x, x, v, p, method.prepare(x, x, p))
+        expected, _ = blockwise(layout.q, layout.k, layout.v, layout.block_mask, layout.score_mod)
+        out, _ = compiled(replace(layout, needs_lse=False))
+        torch.testing.assert_close(out, expected, atol=5e-6, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_rounds_on_flex_with_lse_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a kernel that gives the log-sum-exp; run without one, a CPU having none."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, backend="eager", **how))
+    method = Reformer(chunk=16, n_rounds=3)
+    p = problem(96, dtype="float32")
+    traced = plan(method, p, "flex")
+    counters.clear()
+    for seed in range(10):
+        x, v = (t.detach() for t in operands(p, seed))
+        expected = run(method, x, v, p, method.prepare(x, x, p))
+        torch.testing.assert_close(traced(x, x, v)[0], expected, atol=5e-6, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 1
