@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from methods.chunks import PENALTY, Chunks, Listings, Rounds, merge, sort
+from methods.chunks import PENALTY, Chunks, Listings, Rounds, merge, sort, stable_order
 from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, ScoreMod, static_parts
 
 MODES = ("exact", "transformers", "reformer_pytorch")
@@ -170,11 +169,7 @@ class Reformer(Method):
             )
         if buckets.is_floating_point() or buckets.is_complex() or buckets.dtype == torch.bool:
             raise ValueError(f"reformer: buckets are {buckets.dtype}; they must be integers")
-        lines = math.prod(wanted[:3])
-        line = torch.arange(lines, device=buckets.device).view(*wanted[:3], 1)
-        # On a GPU one long sort takes a fraction of the time of a short one for every line.
-        order = ((line << 32) + buckets).flatten().argsort(stable=True).view(wanted)
-        order = order - line * p.seq_len
+        order = stable_order(buckets, together=buckets.is_cuda)
         slots = torch.arange(p.seq_len, device=buckets.device).expand(wanted)
         return Rounds(buckets, order, torch.empty_like(order).scatter_(-1, order, slots))
 

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from methods import reformer
 from methods.attend import executor, plan
 from methods.blocks import computed_pairs
 from methods.blockwise import blockwise
-from methods.chunks import Chunks
+from methods.chunks import Chunks, stable_order
 from methods.reformer import Reformer
 from tests.methods.dense import CPU, assert_lists_equal, listed
 from tests.methods.test_reformer import BATCH, HEADS, operands, problem, run
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
-def test_every_round_is_sorted_by_bucket_then_position(dtype: torch.dtype) -> None:
+def test_every_round_is_sorted_by_bucket_then_position(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, together: bool
+) -> None:
     """Buckets of any size and sign; those of one round mean nothing to the next."""
     p, method = problem(50), Reformer(chunk=10, n_rounds=3)
+    ordered = partial(stable_order, together=together)  # as on the other kind of device
+    monkeypatch.setattr(reformer, "stable_order", lambda buckets, together: ordered(buckets))
     generator, most = torch.Generator().manual_seed(4), min(torch.iinfo(dtype).max, 2**31 - 1)
     drawn = torch.tensor([-most - 1, -7, 0, 3, most])
     buckets = drawn[torch.randint(5, (BATCH, HEADS, 3, 50), generator=generator)].to(dtype)
