@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ def sections() -> dict[str, Callable[[], str]]:
         ),
         "point": lambda: _clocks(_rows("h200/lengths")),
         "fastest": lambda: _fastest(_rows("h200/backends")),
+        "rounds": lambda: _rounds(_rows("h200/rounds")),
         "stand-ins": lambda: _stand_ins(_rows("h200/lengths")),
         "cpu-forward": lambda: _forward(_rows("cpu/default")),
         "cpu": lambda: report.headline_markdown(_rows("cpu/default"), backend="blockwise"),
@@ -115,6 +117,25 @@ def _fastest(rows: list[Row]) -> str:
             us = best and board.us(best, "fwd_bwd")
             cells.append(f"{us:.0f} us, {best.backend}{times}" if best else "-")
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rounds(rows: list[Row]) -> str:
+    """Reformer by its rounds of hashing: time, and the part of the forward before the kernel."""
+    found = [board for board in boards(rows) if board.head.clock == "device"]
+    found.sort(key=lambda board: board.head.seq_len)
+    lines = [
+        f"| `reformer` | {' | '.join(f'N = {board.head.seq_len}' for board in found)} |",
+        f"| --- |{' ---: |' * len(found)}",
+    ]
+    for cell in found[0].cells:
+        if cell.method == BASELINE:
+            continue
+        rounds, cells = re.search(r"n_rounds=\d+", cell.params)[0], []
+        for board in found:
+            ms, share = board.us(cell, "fwd_bwd") / 1000, board.prepare_share(cell)
+            cells.append(f"{ms:.2f} ms, {share:.0%}")
+        lines.append(f"| `{rounds}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
