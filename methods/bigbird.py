@@ -61,8 +61,9 @@ class BigBird(Method):
                 f"{self.block} leave {free} outside window and global blocks"
             )
 
-    def grows(self) -> bool:
-        return not self.last_row_dense
+    def grows(self, causal: bool = True) -> bool:
+        # Not causal, the last block row and column are global.
+        return causal and not self.last_row_dense
 
     def n_blocks(self, p: Problem) -> int:
         return -(-p.seq_len // self.block)

@@ -5,12 +5,17 @@
     register()
     model = AutoModelForCausalLM.from_config(config, attn_implementation="spattention")
 
-`model.set_attn_implementation("longformer")` changes it later. All layers draw the same pattern;
-each length of a sequence is compiled once. What a layer cannot honour is refused in one line:
-attention dropout, masks other than padding, scores with a cap, a bias or a sink, cross attention,
-and cached keys where the mask depends on the number of tokens.
+`model.set_attn_implementation("longformer")` changes it later. It takes a model that looks its
+attention up by name, one whose `_supports_attention_backend` is true. All layers draw the same
+pattern; each length of a sequence is compiled once. torch.compile of the model breaks its graph in
+every layer, and with `use_cache` compiles every layer anew.
 
-Keyword arguments of the model's forward reach the method:
+What a layer cannot honour is refused in one line: attention dropout, masks other than padding,
+scores with a cap, a bias or a sink, cross attention, attention weights as outputs, and padding or
+cached keys where the mask depends on the number of tokens and `seq_len` does not fix it.
+
+Keyword arguments of the model's forward reach the method (`generate` takes none that it does not
+know):
     global_tokens: Longformer's global tokens of each sample, bool [B, N], in place of its prefix.
     share_qk: True makes the model's queries its keys too, as Reformer demands.
 """
@@ -19,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +33,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from methods.attend import attend
+from methods.attend import BACKENDS, attend
 from methods.longformer import GlobalTokens, Longformer
 from methods.method import Method, Problem
 from methods.pinned import Pinned, Spans
@@ -40,7 +45,7 @@ SCORE_CHANGES = ("softcap", "position_bias", "s_aux")
 
 
 def register(
-    methods: Mapping[str, str | Method] = METHODS,
+    methods: Mapping[str, str | Method] | None = None,
     *,
     seq_len: int | None = None,
     backend: str = "auto",
@@ -48,32 +53,40 @@ def register(
     """Makes methods known to transformers; a name registered before is replaced.
 
     Args:
-        methods: name -> Method or name of a preset; all presets where not given.
+        methods: name -> Method or name of a preset; where not given, all presets that it can be
+            done for.
         seq_len: draws every pattern for so many tokens, of which a shorter sample sees the
-            first. Without it a pattern that depends on the number of tokens is that of the call,
-            padding included; keys cannot be cached; and a call may be too short for the
-            method's parameters.
-        backend: as in `attend`; "auto" chooses by device.
+            first. Without it a pattern that depends on the number of tokens is that of the call:
+            samples cannot be padded, keys cannot be cached, and a call may be too short for the
+            method's parameters. Reformer's order has no padding; it takes no seq_len.
+        backend: as in `attend`; "auto" chooses by device. Queries behind cached keys are computed
+            by PyTorch's scaled_dot_product_attention.
 
     Returns:
         The names, for `attn_implementation`.
 
     Raises:
-        ValueError: transformers would read a name as one of its own; seq_len is no length.
+        ValueError: transformers would read a name as one of its own; methods, seq_len or backend
+            is not what it may be.
     """
+    if methods is None:
+        methods = {name: x for name, x in METHODS.items() if seq_len is None or _static(x)}
+    if not isinstance(methods, Mapping) or not all(isinstance(name, str) for name in methods):
+        raise ValueError(f"methods is {methods!r}; it must be a mapping of names to methods")
     if seq_len is not None:
         Problem(seq_len=seq_len)
-    for name in methods:
-        if any(word in name for word in RESERVED):
-            raise ValueError(
-                f"attn_implementation {name!r} cannot be registered: transformers gives names "
-                f"with {', '.join(RESERVED)} a meaning of their own"
-            )
-    for name, method in methods.items():
-        interface = Interface(name, resolve(method), seq_len, backend)
-        AttentionInterface.register(name, interface.attention)
-        AttentionMaskInterface.register(name, interface.mask)
+    interfaces = [Interface(name, resolve(x), seq_len, backend) for name, x in methods.items()]
+    for interface in interfaces:
+        interface.validate()
+    for interface in interfaces:
+        AttentionInterface.register(interface.name, interface.attention)
+        AttentionMaskInterface.register(interface.name, interface.mask)
     return list(methods)
+
+
+def _static(method: Method) -> bool:
+    """Whether the mask is known without queries and keys."""
+    return type(method).prepare is Method.prepare
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +97,27 @@ class Call:
         causal: whether query i sees only keys j <= i.
         offset: position of the first query; keys before it come from a cache.
         spans: where each sample's tokens are, or None without padding.
+        columns: of the padding mask; 0 without one.
+        given: what global tokens given to the layers became, by the id of their tensor, which
+            they keep alive.
     """
 
     causal: bool
     offset: int
     spans: Spans | None = None
+    columns: int = 0
+    given: dict[int, tuple[Tensor, Spans]] = field(default_factory=dict)
+
+    def contiguous(self) -> Call:
+        """What `generate` asks of a mask first where the cache is of a fixed size.
+
+        Raises:
+            ValueError: always. The mask that it makes ahead would have to be a tensor.
+        """
+        raise ValueError(
+            "generate with these methods takes no cache of a fixed size; "
+            "leave cache_implementation at its default"
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +128,17 @@ class Interface:
     method: Method
     seq_len: int | None
     backend: str
+
+    def validate(self) -> None:
+        if any(word in self.name for word in RESERVED):
+            raise ValueError(
+                f"attn_implementation {self.name!r} cannot be registered: transformers gives "
+                f"names with {', '.join(RESERVED)} a meaning of their own"
+            )
+        if self.backend not in (known := ("auto", *BACKENDS)):
+            raise ValueError(f"backend is {self.backend!r}; it must be one of {', '.join(known)}")
+        if self.seq_len is not None and not _static(self.method):
+            raise ValueError(f"{self.name}: {self.method.name} takes no fixed seq_len")
 
     # Compiled models run both as they are: the kernel inside is compiled on its own.
     @torch.compiler.disable
@@ -118,10 +158,16 @@ class Interface:
             )
         if attention_mask is None:
             return Call(causal, offset)
+        if attention_mask.ndim != 2 or len(attention_mask) != batch_size:
+            raise ValueError(
+                f"{self.name}: attention_mask is {list(attention_mask.shape)}; "
+                f"it must be [{batch_size}, tokens]"
+            )
         # A cache of fixed size is longer than what has been seen.
         seen = offset + q_length if causal else kv_length
         valid = F.pad(attention_mask.bool(), (0, max(0, seen - attention_mask.shape[1])))
-        return Call(causal, offset, _spans(valid[:, :seen], self.name))
+        spans = _spans(valid[:, :seen], self.name)
+        return Call(causal, offset, spans, attention_mask.shape[1])
 
     @torch.compiler.disable
     def attention(
@@ -130,7 +176,7 @@ class Interface:
         global_tokens: Tensor | None = None, share_qk: bool = False, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """What a layer calls: q [B, Hq, N, D], k and v [B, Hkv, N, D] -> [B, N, Hq, D], None."""
-        self._refuse(module, query, attention_mask, dropout, share_qk, kwargs)
+        self._refuse(module, query, key, attention_mask, dropout, share_qk, kwargs)
         call, tokens = attention_mask, query.shape[2]
         if call is None:
             causal = kwargs.get("is_causal")
@@ -140,10 +186,12 @@ class Interface:
             key, value = (x[:, :, : call.offset + tokens] for x in (key, value))
         query, key, value = _one_dtype(query, key, value)
         factor = 1.0 if scaling is None else scaling * math.sqrt(query.shape[-1])
+        unscaled = query
         if not math.isclose(factor, 1):
             query = query * factor
         if share_qk:
-            key = query
+            # Reformer demands the very tensor; its keys are normalised.
+            key = query if self.method.shared_qk else unscaled
         method, state = self._placed(call, key, global_tokens)
         if key.shape[2] == tokens:
             out = attend(query, key, value, method, call.causal, self.backend, state=state)
@@ -152,8 +200,8 @@ class Interface:
         return out.transpose(1, 2).contiguous(), None
 
     def _refuse(
-        self, module: nn.Module, query: Tensor, mask: Any, dropout: float, share_qk: bool,
-        kwargs: dict[str, Any],
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, dropout: float,
+        share_qk: bool, kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
         config = getattr(module, "config", None)
         heads = getattr(config, "num_attention_heads", query.shape[1])
@@ -163,14 +211,25 @@ class Interface:
         elif mask is not None and not isinstance(mask, Call):
             kind = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
             why = f"attention_mask is {kind}; only padding masks [batch, tokens] are honoured"
+        elif mask is not None and mask.columns > key.shape[2]:
+            why = f"attention_mask is for {mask.columns} tokens; there are {key.shape[2]}"
         elif changes:
             why = f"the model changes scores by {', '.join(changes)}, which is not honoured"
         elif heads != query.shape[1]:
             why = f"a layer has {query.shape[1]} heads where the config says {heads}"
-        elif getattr(config, "is_encoder_decoder", False):
-            why = "an encoder-decoder has cross attention, which is not honoured"
+        elif any(getattr(config, x, False) for x in ("is_encoder_decoder", "add_cross_attention")):
+            why = "the model has cross attention, which is not honoured"
+        elif kwargs.get("output_attentions"):
+            why = "attention weights are never made; output_attentions must be False"
+        elif kwargs.get("global_attention_mask") is not None:
+            why = "global_attention_mask is not read; give global_tokens, bool [batch, tokens]"
         elif self.method.name == "reformer" and not share_qk:
-            why = "it shares queries and keys; share_qk=True makes the model's queries its keys"
+            why = (
+                "it shares queries and keys; share_qk=True, an argument of the model's forward, "
+                "makes its queries its keys"
+            )
+        elif share_qk and key.shape[1] != query.shape[1]:
+            why = f"share_qk needs as many key as query heads, not {key.shape[1]} and {heads}"
         else:
             return
         raise ValueError(f"{self.name}: {why}")
@@ -179,26 +238,45 @@ class Interface:
         self, call: Call, key: Tensor, global_tokens: Tensor | None
     ) -> tuple[Method, Spans | None]:
         """The method of a call and its state."""
-        spans, batch, tokens = call.spans, key.shape[0], key.shape[2]
+        spans = call.spans
         if self.seq_len is None and spans is None and global_tokens is None:
             return self.method, None
         pinned = Pinned(self.method, self.seq_len)
-        if type(self.method).prepare is not Method.prepare:
-            raise ValueError(f"{self.name}: neither padding nor a fixed seq_len is honoured")
+        if not _static(self.method):
+            raise ValueError(f"{self.name}: {self.method.name}'s order has no padding")
+        if spans is not None and self.seq_len is None and not self.method.grows(call.causal):
+            raise ValueError(
+                f"{self.name}: its mask depends on the number of tokens, so padding would change "
+                "it; fix it by register(seq_len=...)"
+            )
         if global_tokens is None:
             return pinned, spans
+        # The layers of a call share what they make, block masks above all.
+        if id(global_tokens) not in call.given:
+            spans = self._with_globals(call, pinned, global_tokens, key)
+            call.given[id(global_tokens)] = global_tokens, spans
+        return pinned, call.given[id(global_tokens)][1]
+
+    def _with_globals(
+        self, call: Call, pinned: Pinned, global_tokens: Tensor, key: Tensor
+    ) -> Spans:
+        """Where the tokens of samples are, and which of them are global."""
         if not isinstance(self.method, Longformer):
             raise ValueError(f"{self.name} has no global tokens to be given; longformer has")
+        if not isinstance(global_tokens, Tensor):
+            kind = type(global_tokens).__name__
+            raise ValueError(f"{self.name}: global_tokens is a {kind}; it must be a bool tensor")
+        batch, tokens, device = key.shape[0], key.shape[2], key.device
         p = Problem(batch=batch, seq_len=tokens)
-        given = self.method.globals_state(global_tokens.to(key.device), p).tokens
+        given = self.method.globals_state(global_tokens.to(device), p).tokens
+        spans = call.spans
         if spans is None:
-            start = torch.zeros(batch, dtype=torch.int32, device=key.device)
+            start = torch.zeros(batch, dtype=torch.int32, device=device)
             spans = Spans(start, start + tokens)
         length = pinned.drawn_for(p).seq_len
-        index = torch.arange(length, device=key.device) + spans.start.to(key.device)[:, None]
-        return pinned, replace(
-            spans, inner=GlobalTokens(F.pad(given, (0, length)).gather(1, index)), parts={}
-        )
+        index = torch.arange(length, device=device) + spans.start.to(device)[:, None]
+        inner = GlobalTokens(F.pad(given, (0, length)).gather(1, index))
+        return replace(spans, inner=inner, parts={})
 
     def _last_rows(
         self, call: Call, query: Tensor, key: Tensor, value: Tensor, state: Spans | None
@@ -212,7 +290,8 @@ class Interface:
         if self.seq_len is None and not self.method.grows():
             raise ValueError(
                 f"{self.name}: its mask depends on the number of tokens, so keys cannot be "
-                "cached; use_cache=False, or fix it by register(seq_len=...)"
+                "cached; fix it by register(seq_len=...), or use_cache=False, which computes (and "
+                "compiles) every length anew"
             )
         p = Problem(batch=batch, q_heads=heads, seq_len=key.shape[2], head_dim=dim)
         method = Pinned(self.method, self.seq_len)
@@ -260,8 +339,10 @@ def _spans(valid: Tensor, name: str) -> Spans | None:
 
 
 def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast its dtype, to which a model leaves the cast to its attention."""
+    """Under autocast, which leaves float64 alone, its dtype: a model leaves the cast to its
+    attention.
+    """
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)

@@ -99,7 +99,7 @@ class Longformer(Banded):
                 f"longformer: n_global is {self.n_global}; there are only {p.seq_len} tokens"
             )
 
-    def grows(self) -> bool:
+    def grows(self, causal: bool = True) -> bool:
         return True
 
     def steps(self, p: Problem) -> tuple[int, ...]:

@@ -124,8 +124,8 @@ class Method:
     def validate(self, p: Problem) -> None:
         """Raises ValueError, in one line, where the parameters do not fit the problem."""
 
-    def grows(self) -> bool:
-        """Whether the causal mask of N tokens is a corner of that of more: keys can be cached."""
+    def grows(self, causal: bool = True) -> bool:
+        """Whether the mask of N tokens is a corner of that of more: keys can be cached."""
         return False
 
     def prepare(self, q: Tensor, k: Tensor, p: Problem) -> Any:

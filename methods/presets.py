@@ -36,10 +36,12 @@ def resolve(method: str | Method) -> Method:
     """The Method of a name, or the Method itself.
 
     Raises:
-        ValueError: no preset has this name; names the nearest, or all.
+        ValueError: neither a Method nor the name of a preset; names the nearest, or all.
     """
     if isinstance(method, Method):
         return method
+    if not isinstance(method, str):
+        raise ValueError(f"method is {method!r}; it must be a Method or the name of a preset")
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(METHODS)}"

@@ -28,7 +28,7 @@ class SlidingWindow(Banded):
                 f"sliding_window: window is {self.window!r}; it must be a whole number above 0"
             )
 
-    def grows(self) -> bool:
+    def grows(self, causal: bool = True) -> bool:
         return True
 
     def bands(self, p: Problem) -> Sequence[Sequence[Interval]]:

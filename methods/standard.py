@@ -17,7 +17,7 @@ class Standard(Banded):
     name: ClassVar[str] = "standard"
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv:1706.03762"
 
-    def grows(self) -> bool:
+    def grows(self, causal: bool = True) -> bool:
         return True
 
     def bands(self, p: Problem) -> Sequence[Sequence[Interval]]:

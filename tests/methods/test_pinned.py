@@ -29,15 +29,18 @@ def spans(inner=None):
     return Spans(torch.tensor(START).int(), torch.tensor(LENGTH).int(), inner)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", SMALL)
-def test_a_method_says_whether_its_mask_grows(name):
+def test_a_method_says_whether_its_mask_grows(name, causal):
     """It does iff every shorter mask is a corner of the longer one."""
-    lengths = (60, 90, 200, 700)
-    masks = [dense_mask(SMALL[name], Problem(q_heads=3, seq_len=n)) for n in lengths]
+    if name.startswith("mehc_") and not causal:
+        return
+    lengths, p = (60, 90, 200, 700), Problem(q_heads=3, causal=causal)
+    masks = [dense_mask(SMALL[name], replace(p, seq_len=n)) for n in lengths]
     corners = [
         torch.equal(short, masks[-1][..., :n, :n]) for short, n in zip(masks, lengths, strict=True)
     ]
-    assert SMALL[name].grows() == all(corners)
+    assert SMALL[name].grows(causal) == all(corners)
 
 
 @pytest.mark.parametrize("causal", [True, False])
