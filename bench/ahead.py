@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from bench import kernels
 from bench.backends import BACKENDS, BACKWARD_PHASES, first_calls, phase_call
 from bench.cells import Cell, Group
-from bench.measure import CELL_ERRORS
+from bench.failures import CELL_ERRORS
 from bench.specs import parse_method
 from bench.worker import SPAWN, START_LIMIT, interrupts_held, set_up_sweep
 from methods import Problem
@@ -95,12 +95,17 @@ def cores() -> int:
 
 
 def compile_jobs(groups: Sequence[Group]) -> Iterator[tuple[Group, Cell]]:
-    """The cells whose first call compiles; on a GPU also those whose kernels are named."""
+    """The cells whose first call compiles; on a GPU also those whose kernels are named.
+
+    Whether a kernel takes a problem is asked of a GPU by the process that compiles: this one
+    leaves the device alone.
+    """
     for group in groups:
         for cell in group.cells:
-            backend = BACKENDS[cell.backend]
-            named = backend.few_kernels and group.device != "cpu"
-            if (backend.compiles or named) and _wanted(group, cell):
+            backend, on_gpu = BACKENDS[cell.backend], group.device != "cpu"
+            if on_gpu and (backend.compiles or backend.few_kernels):
+                yield group, cell
+            elif backend.compiles and _wanted(group, cell):
                 yield group, cell
 
 
@@ -133,7 +138,9 @@ def _wanted(group: Group, cell: Cell) -> list[str]:
 
 def first_call(group: Group, cell: Cell) -> Known:
     """Compiles a cell's kernels into the on-disk caches of this machine."""
-    p, device = group.problem, torch.device(group.device)
+    p, device, phases = group.problem, torch.device(group.device), _wanted(group, cell)
+    if not phases:
+        return Known(None, {})
     shapes = [(p.batch, h, p.seq_len, p.head_dim) for h in (p.q_heads, p.kv_heads, p.kv_heads)]
     q, k, v = (
         torch.randn(shape, device=device, dtype=p.torch_dtype, requires_grad=True)
@@ -141,7 +148,7 @@ def first_call(group: Group, cell: Cell) -> Known:
     )
     backend = BACKENDS[cell.backend]
     attention = backend.build(parse_method(cell.method), p, device, group.block_size)
-    inputs, phases = (q, k, v, torch.randn_like(q)), _wanted(group, cell)
+    inputs = q, k, v, torch.randn_like(q)
     counters.clear()
     start, modules = time.perf_counter(), [kernels.generated()]
     for kind in (_FORWARD, BACKWARD_PHASES):

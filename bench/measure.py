@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench import chip, oracle, timing
@@ -27,20 +26,22 @@ from bench.backends import (
 )
 from bench.ceilings import Ceilings
 from bench.cells import Cell, Group, Prepared, failure_rows, rows_of
+from bench.failures import (
+    CELL_ERRORS,
+    no_tiles,
+    one_line,
+    out_of_memory,
+    raise_if_lost,
+    status_of,
+)
 from bench.record import Environment, Row
 from bench.sampling import sample_rounds
-from bench.specs import AUTHOR_ERRORS, parse_method
+from bench.specs import parse_method
 from bench.tied import tied
 from methods import Method
 from methods.blocks import computed_pairs
 from methods.method import static_parts
 
-# How compilers and kernels say "not this shape on this chip".
-UNSUPPORTED = (InductorError, NotImplementedError)
-# What a cell may raise: a kernel, its compiler, or the code of the method's author.
-CELL_ERRORS = (*AUTHOR_ERRORS, MemoryError)
-# What a device says after which the process cannot use it any more.
-LOST_DEVICE = ("CUDA error", "Triton Error [CUDA]")
 # The gate looks at blocks of at most this many rows and keys, whatever a kernel visits.
 GATE_BLOCK = 128
 # It samples rows in at most this many blocks a head: its cost would go with the square of N, and
@@ -103,7 +104,7 @@ def measure_group(
                 rows[cell] = failure_rows(group, machine.env, cell, "oom", one_line(error))
             _empty(device)
     bench.reference = None
-    bench.sample(ready, machine.read_chip, announce)
+    alone += _sample(bench, ready, machine, announce)
     # No variable of this function may hold a cell from here on: what runs alone needs its memory.
     rows |= {x.cell: rows_of(group, machine.env, x, machine.ceilings) for x in ready}
     by_cupti = any("kernels" in key for x in ready for key in x.samplers)
@@ -118,6 +119,30 @@ def measure_group(
         else:
             rows |= measure_group(single, machine, announce, clockwork)
     return rows
+
+
+def _sample(
+    bench: _Bench, ready: list[Prepared], machine: Machine, announce: Callable[[Cell], None]
+) -> list[Cell]:
+    """Samples what is ready; takes out, and returns, what finds no memory for it any more."""
+    short: list[Cell] = []
+    while ready:
+        running: list[Cell] = []
+
+        def tell(cell: Cell, running: list[Cell] = running) -> None:
+            running.append(cell)
+            announce(cell)
+
+        try:
+            bench.sample(ready, machine.read_chip, tell)
+            break
+        except CELL_ERRORS as error:
+            if not out_of_memory(error) or not running or len(ready) == 1:
+                raise
+        short.append(running[-1])
+        ready[:] = [x for x in ready if x.cell != running[-1]]
+        _empty(bench.device)
+    return short
 
 
 class _Bench:
@@ -172,16 +197,13 @@ class _Bench:
             return prepared
         try:
             attention = self._attention(prepared, wanted)
-        except (*UNSUPPORTED, *backend.says_no) as error:
-            reason = _no_tiles(self.group.block_size, error) or one_line(error)
-            prepared.refused |= {x: ("unsupported", reason) for x in wanted}
-            return prepared
-        except CELL_ERRORS as error:
-            if out_of_memory(error) or lost_device(error):
+        except (*CELL_ERRORS, *backend.says_no) as error:
+            status = status_of(error, backend.says_no)
+            if status == "oom":
                 raise
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # a lost device says so here, by this cell
-            prepared.refused |= {x: ("crash", one_line(error)) for x in wanted}
+            raise_if_lost(self.device)
+            reason = no_tiles(self.group.block_size, error) or one_line(error)
+            prepared.refused |= {x: (status, reason) for x in wanted}
             return prepared
         for phase in wanted:
             if phase not in prepared.refused:
@@ -298,8 +320,7 @@ class _Bench:
             except RuntimeError as error:
                 if out_of_memory(error):
                     raise
-                # A failed capture is a "CUDA error", too; a lost device says so here.
-                torch.cuda.synchronize(self.device)
+                raise_if_lost(self.device)
                 sampler, clock = timing.kernels_sampler(calls[0], self.device), "kernels"
             prepared.samplers[phase, clock] = sampler
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
@@ -340,36 +361,10 @@ def _check_graphs(prepared: Prepared) -> None:
                 del prepared.series[key]
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
-
-
-def _no_tiles(block_size: tuple[int, int], error: BaseException) -> str | None:
-    """What torch means where none of the tiles it tries on a device divides the blocks."""
-    if "NoValidChoicesError" not in str(error) or not any(size % 128 for size in block_size):
-        return None
-    rows, keys = block_size
-    return (
-        f"FlexAttention has no tiles on this device for blocks of {rows}x{keys}; "
-        "multiples of 128 always have some"
-    )
-
-
 def _poison(device: torch.device, size: int) -> None:
     """Leaves NaN in memory that the allocator will hand out again: unwritten outputs show."""
     held = [torch.full((size // 4,), torch.nan, device=device) for _ in range(4)]
     del held
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short: a CPU's allocator says so by a plain RuntimeError."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)
-
-
-def lost_device(error: BaseException) -> bool:
-    return any(text in str(error) for text in LOST_DEVICE)
 
 
 def _empty(device: torch.device) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch._dynamo.config
 import torch.distributed as dist
 
-from bench.measure import CELL_ERRORS, UNSUPPORTED, one_line, out_of_memory
+from bench.failures import CELL_ERRORS, one_line, status_of
 from bench.record import Row
 from bench.steps import Job, World, run_job
 from bench.worker import SPAWN, STOP_LIMIT, how_it_died, interrupts_held, set_up
@@ -173,9 +173,7 @@ def _work(connection: Connection, job: Job, rank: int, size: int, cell: int) -> 
             dist.destroy_process_group()
         connection.send(("done", rows))
     except CELL_ERRORS as error:
-        short = out_of_memory(error)
-        status = "oom" if short else "unsupported" if isinstance(error, UNSUPPORTED) else "crash"
-        connection.send(("failed", status, one_line(error)))
+        connection.send(("failed", status_of(error), one_line(error)))
 
 
 def _join(job: Job, rank: int, size: int, cell: int) -> None:

@@ -11,6 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def host_sampler(call: Call, device: torch.device) -> Sampler:
     """
     if device.type == "cpu":
         return lambda: _elapsed_us(call)
-    flush = torch.empty(2 * l2_bytes(device), dtype=torch.int8, device=device)
+    flush = _flush(device)
 
     def synchronised() -> None:
         call()
@@ -80,7 +81,7 @@ def _must_not_wait(call: Call) -> None:
 
 def kernels_sampler(call: Call, device: torch.device) -> Sampler:
     """Microseconds from the start of the call's first kernel to the end of its last, by CUPTI."""
-    flush = torch.empty(2 * l2_bytes(device), dtype=torch.int8, device=device)
+    flush = _flush(device)
 
     def sample() -> float:
         flush.fill_(1)
@@ -93,6 +94,8 @@ def kernels_sampler(call: Call, device: torch.device) -> Sampler:
 def span_us(call: Call, device: torch.device) -> float:
     """Microseconds from the start of a call's first kernel to the end of its last."""
     spans = [event.time_range for event in kernel_events(call, device)]
+    if not spans:
+        raise RuntimeError("CUPTI saw no kernel: another profiler may be at work")
     return max(span.end for span in spans) - min(span.start for span in spans)
 
 
@@ -104,6 +107,12 @@ def kernel_events(call: Call, device: torch.device) -> list:
         torch.cuda.synchronize(device)
     cuda = torch.profiler.DeviceType.CUDA
     return [event for event in profile.events() if event.device_type == cuda]
+
+
+@lru_cache(maxsize=8)
+def _flush(device: torch.device) -> Tensor:
+    """Memory whose filling leaves nothing else in the L2; one for all samplers of a device."""
+    return torch.empty(2 * l2_bytes(device), dtype=torch.int8, device=device)
 
 
 def l2_bytes(device: torch.device) -> int:

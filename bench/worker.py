@@ -21,13 +21,11 @@ import torch._functorch.config
 from bench import chip, timing
 from bench.ceilings import measure_ceilings
 from bench.cells import Cell, Group, failure_rows
+from bench.failures import CELL_ERRORS, one_line, out_of_memory
 from bench.measure import (
-    CELL_ERRORS,
     Clockwork,
     Machine,
     measure_group,
-    one_line,
-    out_of_memory,
 )
 from bench.record import Environment, Row, environment
 

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 
 from bench import measure, timing
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group, Prepared, rows_of
+from bench.failures import one_line, status_of
 from bench.measure import Clockwork, Machine, measure_group
 from bench.record import environment
 from bench.sampling import Series
@@ -246,6 +248,22 @@ def test_what_runs_alone_finds_the_memory_of_the_others_free(monkeypatch):
     assert alive == [2, 0]
 
 
+def test_what_finds_no_memory_while_it_is_sampled_runs_alone(monkeypatch):
+    made, sampler_of = [], timing.host_sampler
+
+    def second_fails(call, device):
+        made.append(call)
+        second = partial(raising, RuntimeError("CUDA error: out of memory"))
+        return second if len(made) == 2 else sampler_of(call, device)
+
+    monkeypatch.setattr(timing, "host_sampler", second_fails)
+    rows = run(replace(GROUP, phases=("fwd",)))
+    assert len(made) == 4
+    assert {row.status for cell in GROUP.cells for row in rows[cell]} == {"ok"}
+    alone = [cell for cell in GROUP.cells if rows[cell][0].rounds is None]
+    assert alone == [GROUP.cells[1]]
+
+
 def test_two_variants_of_a_method_keep_their_rows_apart():
     cells = tuple(Cell(f"sliding_window:window={w}", "blockwise") for w in (8, 16))
     rows = run(replace(GROUP, cells=cells, phases=("fwd",)))
@@ -275,5 +293,22 @@ def test_blocks_without_tiles_are_unsupported_in_plain_words(monkeypatch, block_
     assert ("No choices to select" in row.reason) == (block_size != (64, 32))
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom"),
+        (RuntimeError("CUDA error: out of memory"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "oom"),
+        (InductorError(RuntimeError("Triton Error [CUDA]: out of memory"), None), "oom"),
+        (InductorError(RuntimeError("out of resource: shared memory"), None), "unsupported"),
+        (NotImplementedError("no kernel"), "unsupported"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "crash"),
+    ],
+    ids=str,
+)
+def test_errors_mean(error, status):
+    assert status_of(error) == status
+
+
 def test_failures_say_what_they_are():
-    assert measure.one_line(ValueError("a\n  b")) == "ValueError: a b"
+    assert one_line(ValueError("a\n  b")) == "ValueError: a b"
