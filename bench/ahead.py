@@ -102,10 +102,12 @@ def compile_jobs(groups: Sequence[Group]) -> Iterator[tuple[Group, Cell]]:
     """
     for group in groups:
         for cell in group.cells:
-            backend, on_gpu = BACKENDS[cell.backend], group.device != "cpu"
-            if on_gpu and (backend.compiles or backend.few_kernels):
-                yield group, cell
-            elif backend.compiles and _wanted(group, cell):
+            backend = BACKENDS[cell.backend]
+            if group.device == "cpu":
+                asked = backend.compiles and _wanted(group, cell)
+            else:
+                asked = backend.compiles or backend.few_kernels
+            if asked:
                 yield group, cell
 
 

@@ -144,12 +144,14 @@ class LanguageModel(nn.Module):
         return getattr(hidden, "last_hidden_state", hidden)
 
     def step_flops(self, model: Model, batch: int, seq_len: int, allowed_pairs: int) -> float:
-        """Of the products of one step, forward and backward, nothing counted twice.
+        """Of the products of one step, the backward's twice the forward's.
+
+        As is usual for a model's own FLOPs: scores that a kernel computes again do not count.
 
         Args:
             allowed_pairs: over the heads of one layer and sequence.
         """
-        pairs = FLOPS_PER_PAIR["fwd_bwd"] * model.head_dim * allowed_pairs * model.layers
+        pairs = 3 * FLOPS_PER_PAIR["fwd"] * model.head_dim * allowed_pairs * model.layers
         return float(batch * (6 * self.active_weights * seq_len + pairs))
 
 
@@ -242,7 +244,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(model, attention) for _ in range(model.layers))
         self.norm = nn.RMSNorm(model.hidden)
         half = torch.arange(0, model.head_dim, 2) / model.head_dim
-        self.register_buffer("angles", torch.arange(seq_len)[:, None] * ROTARY_BASE**-half, False)
+        # No buffer: a cast to bfloat16 would lose late positions, and DDP send it every step.
+        self.angles = torch.arange(seq_len)[:, None] * ROTARY_BASE**-half
         self._initialise(model)
 
     def _initialise(self, model: Model) -> None:
@@ -260,13 +263,6 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
-
-    def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
-        """Angles stay in float32 when a model is cast: bfloat16 cannot tell late positions."""
-        angles = self.angles
-        super()._apply(change, recurse)
-        self.angles = angles.to(self.angles.device)
-        return self
 
 
 class Layer(nn.Module):
@@ -314,7 +310,13 @@ def recompute_layers(model: LanguageModel) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def with_options(model: Model, *, checkpointing: bool, compiled: bool) -> Model:
+def with_options(
+    model: Model, *, checkpointing: bool, compiled: bool, shard: bool | None
+) -> Model:
     """The model named for how it runs, where that is not the usual way."""
-    suffix = (" recomputing" if checkpointing else "") + ("" if compiled else " uncompiled")
-    return replace(model, name=model.name + suffix)
+    words = (
+        " recomputing" if checkpointing else "",
+        "" if compiled else " uncompiled",
+        {None: "", True: " sharded", False: " copied"}[shard],
+    )
+    return replace(model, name=model.name + "".join(words))

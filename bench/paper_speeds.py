@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from bench.derived import BASELINE, Board, Cell, boards, compare, problem_of
 from bench.paper import MICRO_BENCHMARK, READINGS, TABLE_2_ATTENTION
 from bench.record import CLOCKS, Row
-from methods import Problem
+from bench.specs import parameters_text
+from methods import METHODS, Problem
 
 BACKEND = "flex"  # of Table 2: the one that runs every method
 POINT_METHODS = tuple(reading["SPAttention"] for reading in READINGS.values())
@@ -107,7 +108,9 @@ def _point(board: Board, cell: Cell, source: str) -> Point | None:
 
 def throughput(rows: Sequence[Row], source: str) -> list[Throughput]:
     """Table 2, once in each reading; no line where `standard` was not timed at its shape."""
-    timed = [r for r in rows if r.backend == BACKEND and _is_at(r, TABLE_2_ATTENTION)]
+    timed = [
+        r for r in rows if r.backend == BACKEND and _is_at(r, TABLE_2_ATTENTION) and _is_preset(r)
+    ]
     for phase in TOKENS_FROM:
         for clock in CLOCKS:
             chosen = [row for row in timed if (row.phase, row.clock) == (phase, clock)]
@@ -116,6 +119,12 @@ def throughput(rows: Sequence[Row], source: str) -> list[Throughput]:
                 alike = {r.method: r for r in chosen if problem_of(r) == problem_of(base)}
                 return [line for name in READINGS for line in _reading(name, alike, base, source)]
     return []
+
+
+def _is_preset(row: Row) -> bool:
+    """Whether a row's parameters are those of the preset of its name."""
+    preset = METHODS.get(row.method)
+    return preset is not None and row.params in (None, parameters_text(preset))
 
 
 def _reading(

@@ -25,7 +25,7 @@ from bench.ceilings import measure_ceilings
 from bench.cells import Cell, Group, Prepared, rows_of
 from bench.measure import Clockwork, Machine, measure_group
 from bench.models import Model, build, compile_model, parameters, recompute_layers
-from bench.record import STEP, Row, environment
+from bench.record import STATUSES, STEP, Row, environment
 from bench.sampling import Series
 from bench.specs import parse_method
 from bench.step_attention import IDENTITY, step_attention
@@ -124,9 +124,8 @@ def run_job(job: Job, world: World, announce: Callable[[str], None]) -> list[Row
         announce("the gate")
         rows = _call_rows(job, machine, announce)
         prepared.facts |= {name: getattr(rows[0], name) for name in GATE}
-        failed = next((row for row in rows if row.status != "ok"), None)
-        if failed is not None:
-            prepared.refused[STEP] = (failed.status, f"attention by itself: {failed.reason}")
+        if why := _no_step(rows, world, device):
+            prepared.refused[STEP] = why
     else:
         prepared.facts["allowed_pairs"] = 0
     if device.type == "cuda":
@@ -134,6 +133,20 @@ def run_job(job: Job, world: World, announce: Callable[[str], None]) -> list[Row
     if STEP not in prepared.refused:
         _Training(job, world, device, prepared).measure(machine, announce)
     return rows + rows_of(job.group, machine.env, prepared, machine.ceilings)
+
+
+def _no_step(rows: Sequence[Row], world: World, device: torch.device) -> tuple[str, str] | None:
+    """Status and reason where the call by itself rules out a step: on one rank, on all."""
+    failed = next((row for row in rows if row.status != "ok"), None)
+    status = STATUSES.index(failed.status) if failed else 0
+    worst = STATUSES[round(world.maxima([float(status)], device)[0])]
+    if failed is not None:
+        return failed.status, f"attention by itself: {failed.reason}"
+    if worst != "ok":
+        return worst, "attention by itself, on another rank"
+    if any(row.clock == "kernels" for row in rows):
+        return "unsupported", "no graph can hold this attention: CUPTI timed it, and slows a step"
+    return None
 
 
 def _call_rows(job: Job, machine: Machine, announce: Callable[[str], None]) -> list[Row]:

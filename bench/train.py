@@ -172,7 +172,9 @@ def _model(request: Train) -> Model:
         model = MODELS[request.model]
     else:
         raise ValueError(f"--model is {request.model!r}; it takes {', '.join(MODELS)}")
-    return with_options(model, checkpointing=request.checkpointing, compiled=request.compiled)
+    return with_options(
+        model, checkpointing=request.checkpointing, compiled=request.compiled, shard=request.shard
+    )
 
 
 def _on_meta(model: Model) -> torch.nn.Module:

@@ -325,4 +325,4 @@ def _cell(row: Row) -> Cell:
 
 
 def _setting(row: Row) -> tuple:
-    return (*(getattr(row, name) for name in PROBLEM), row.model, row.world_size)
+    return (*(getattr(row, name) for name in PROBLEM), row.model, row.data, row.world_size)

@@ -206,7 +206,7 @@ class BigBird(Method):
         return count
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)  # a seed for each layer of a deep model
 def draw_blocks(heads: int, n_blocks: int, n_random: int, seed: int, causal: bool) -> Tensor:
     """Random blocks int32 [H, n_blocks, n_random]; -1 where a row has no block left to draw.
 

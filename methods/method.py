@@ -210,7 +210,7 @@ class Method:
         return block_mask(self, p, device, block_size, state=state, narrow=narrow)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 def static_parts(
     method: Method, p: Problem, device: torch.device, block_size: tuple[int, int]
 ) -> tuple[BlockMask, ScoreMod | None]:

@@ -327,7 +327,7 @@ def _each(x: Tensor) -> tuple[Tensor, ...]:
     return x.movedim(2, 0).contiguous().unbind()
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)  # a seed for each layer of a deep model
 def _draw(
     heads: int, dim: int, rounds: int, columns: int, seed: int, device: torch.device
 ) -> Tensor:

@@ -142,6 +142,8 @@ def table_2_rows(phase="fwd_bwd", **us):
 def test_table_2_ranks_attention_alone():
     rows = table_2_rows(standard=100, spattention=25, longformer=50, mehc_longformer=200)
     rows.append(make_row(method="bigbird", seq_len=1024, status="oom"))
+    narrow = {"method": "longformer", "params": "window=2,n_global=1,dilation=1"}
+    rows.append(make_row(seq_len=1024, median_us=1.0, **narrow))  # no preset
     lines = {(x.reading, x.name): x for x in throughput(rows, "x.csv")}
     assert len(lines) == 10 and {x.measured for x in lines.values()} == {"attention alone"}
     own = lines["as published", "SPAttention"]

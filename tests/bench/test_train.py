@@ -125,7 +125,7 @@ def test_the_arithmetic_of_a_step_counts_what_a_token_takes_part_in():
     model = build(MODELS["table2"], None, 8, torch.bfloat16, torch.device("meta"), 0)
     weights = 8 * 12 * 1024**2 + 50304 * 1024
     assert model.step_flops(MODELS["table2"], 3, 1024, 1000) == 3 * (
-        6 * weights * 1024 + 8 * 14 * 128 * 1000
+        6 * weights * 1024 + 8 * 12 * 128 * 1000
     )
     moe = build(MODELS["olmoe-0.25b-1.75b"], None, 8, torch.bfloat16, torch.device("meta"), 0)
     layer = 4 * 1024**2 + 64 * 1024 + 8 * 3 * 1024 * 512
@@ -265,7 +265,7 @@ def test_a_row_holds_what_a_step_needs(monkeypatch):
     assert (row.data, row.q_heads, row.batch, row.rounds) == ("random", 4, 2, None)
     assert (row.discarded, len(row.samples), row.sm_mhz) == (1, 3, 1980)
     assert row.parameters == 2 * (12 * 64**2 + 2 * 64) + 256 * 64 + 64
-    assert row.model_flops == 2 * (6 * (2 * 12 * 64**2 + 256 * 64) * 64 + 2 * 14 * 16 * 8320)
+    assert row.model_flops == 2 * (6 * (2 * 12 * 64**2 + 256 * 64) * 64 + 2 * 12 * 16 * 8320)
 
 
 def test_the_call_of_a_model_is_gated_and_timed_before_it_trains(monkeypatch):

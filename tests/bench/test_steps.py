@@ -1,0 +1,57 @@
+"""When a step is not measured, and what sets two runs of a model apart."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from bench.models import MODELS, with_options
+from bench.record import STATUSES
+from bench.steps import World, _no_step
+from bench.train_report import trainings
+from tests.bench.rows import make_row
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Beside(World):
+    """One of two processes; the other's status is known."""
+
+    other: str = "ok"
+
+    def maxima(self, values, device):
+        return [max(values[0], float(STATUSES.index(self.other)))]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "status", "reason"),
+    [
+        ("mismatch", "ok", "mismatch", "attention by itself: own reason"),
+        ("mismatch", "crash", "mismatch", "attention by itself: own reason"),
+        ("ok", "oom", "oom", "attention by itself, on another rank"),
+    ],
+)
+def test_attention_that_fails_on_one_rank_rules_out_the_step_on_all(own, other, status, reason):
+    rows = [make_row(median_us=9.0), make_row(status=own, reason="own reason")]
+    assert _no_step(rows, Beside(0, 2, other), CPU) == (status, reason)
+
+
+def test_a_step_is_measured_where_attention_is_right_and_can_be_captured():
+    rows = [make_row(median_us=9.0, clock="device"), make_row(median_us=9.0, clock="host")]
+    assert _no_step(rows, World(), CPU) is None
+    rows[0] = make_row(median_us=9.0, clock="kernels")
+    assert _no_step(rows, World(), CPU)[0] == "unsupported"
+
+
+def test_how_a_model_runs_is_part_of_its_name():
+    told = {"checkpointing": False, "compiled": True, "shard": None}
+    changes = ({}, {"shard": True}, {"shard": False}, {"compiled": False}, {"checkpointing": True})
+    names = {with_options(MODELS["table2"], **told | change).name for change in changes}
+    assert "table2" in names and len(names) == len(changes)
+
+
+def test_random_tokens_and_text_are_two_runs():
+    made = {"phase": "step", "model": "table2", "world_size": 1, "clock": "host"}
+    rows = [make_row(median_us=9.0, data=data, **made) for data in ("random", "book.txt")]
+    assert len(trainings(rows)) == 2
