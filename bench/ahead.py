@@ -39,6 +39,9 @@ class Known:
 
 T = TypeVar("T")
 
+# Processes: on a GPU each has a context of half a GiB and the tensors of a cell.
+MOST = 16
+
 _BEFORE, _FORWARD = ("layout", "prepare"), ("fwd",)
 
 Ahead = dict[tuple[Problem, tuple[int, int], Cell], Known]
@@ -72,7 +75,8 @@ def side_by_side(
     found: list[tuple[tuple, T]] = []
     if not jobs:
         return found
-    pool = ProcessPoolExecutor(min(len(jobs), cores()), mp_context=SPAWN, initializer=set_up)
+    count = min(len(jobs), cores(), MOST)
+    pool = ProcessPoolExecutor(count, mp_context=SPAWN, initializer=set_up)
     futures: dict[Future, tuple] = {}
     try:
         with interrupts_held(), suppress(BrokenProcessPool):  # one may die before all is said
