@@ -74,7 +74,7 @@ def draw_mask(place: Axes, grid: np.ndarray, name: str) -> None:
         _shrunk(grid), cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest",
         extent=(0, size, size, 0),
     )  # fmt: skip
-    place.set_title(f"{name}: {grid.mean():.1%} of pairs", fontsize=8)
+    place.set_title(f"{name}: {grid.mean():.1%} of N x N", fontsize=8)
     place.tick_params(labelsize=7)
     place.set_xticks([0, size // 2, size])
     place.set_yticks([0, size // 2, size])

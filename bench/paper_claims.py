@@ -73,7 +73,9 @@ def _pair_claims(lines: Iterable[Complexity]) -> Iterator[Claim]:
 
     yield Claim(
         "causal pairs that some head sees", "eq. 5", "all",
-        each(lambda c: 100 * c.seen_pairs / c.causal_pairs, "{:.1f} %"),
+        _both({name: " to ".join(dict.fromkeys(
+            percent(c.seen_pairs, c.causal_pairs) for c in counted if c.method == name
+        )) for name in (SPATTENTION, RELEASED)}),
     )  # fmt: skip
     yield Claim(
         "pairs of standard attention over those of SPAttention", "eqs. 6, 7", "H",
@@ -138,11 +140,16 @@ def _specialisation_claims(lines: Iterable[Specialised]) -> Iterator[Claim]:
         "change of the mean entropy", "text", f"{paper.SPECIALISATION_ENTROPY_PERCENT:.2f} %",
         f"{change:.2f} % untrained (`{RELEASED}`)",
     )  # fmt: skip
-    ratio = min(sigmas[RELEASED]) / max(sigmas["standard"])
+    ratios = [
+        min(x.sigma for x in lines if (x.method, x.seed) == (RELEASED, seed))
+        / max(x.sigma for x in lines if (x.method, x.seed) == ("standard", seed))
+        for seed in dict.fromkeys(x.seed for x in lines if x.weights == "untrained")
+    ]
     yield Claim(
         "sigma of SPAttention over Standard's", "text",
         f"over {paper.SPECIALISATION_SIGMA_RATIO} x",
-        f"{ratio:.0f} x at least, untrained (`{RELEASED}`); Standard's is 0 for uniform attention",
+        f"at least {_range(ratios, '{:.0f} x')} by seed, untrained (`{RELEASED}`); Standard's is "
+        "0 for uniform attention",
     )  # fmt: skip
     limit = math.log(RECIPE.seq_len / RECIPE.q_heads)
     bounds = (f"{flat[method].bound:.3f} (`{method}`)" for method in flat)
@@ -155,6 +162,12 @@ def _specialisation_claims(lines: Iterable[Specialised]) -> Iterator[Claim]:
 def untrained_entropy(lines: Iterable[Specialised], method: str) -> float:
     """Mean over layers and seeds."""
     return mean(x.entropy for x in lines if x.method == method and x.weights == "untrained")
+
+
+def percent(part: int, whole: int) -> str:
+    """A share; a hundred only where nothing is missing."""
+    share = 100 * part / whole
+    return f"{share:.1f} %" if part == whole or share < 99.95 else "99.9 %"
 
 
 def _both(ours: dict[str, str | None]) -> str:

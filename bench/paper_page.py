@@ -8,11 +8,13 @@ from statistics import mean
 
 from bench import paper
 from bench.complexity import Complexity
-from bench.paper_claims import NOT_MEASURED, Results, claims, untrained_entropy
+from bench.paper_claims import NOT_MEASURED, Results, claims, percent, untrained_entropy
 from bench.paper_figures import FIGURE_2_HEAD
 from bench.paper_speeds import ATTENTION_ALONE, Point, Throughput
 from bench.report import quantity
 from bench.specialisation import LOG_FLOOR, RECIPE, Specialised
+from bench.specs import parameters_text
+from methods import METHODS
 
 ROUNDED = 1.5e-4  # how far the mean of figures of four digits can lie from their printed average
 
@@ -41,7 +43,8 @@ def _head() -> Iterator[str]:
         "`spattention` is the paper's equations 2 to 4, `spattention_released` the mask of its "
         "released `SPAttention.py`, which gives every head a local band besides its own. They "
         "are two masks, so each figure says which one it is of. The paper's figures are quoted "
-        "from `bench/paper.py`; ours are made by the command beside them."
+        "from `bench/paper.py`; ours are made by the command beside them. Speeds are those of "
+        "the results file under their table: ratios of medians of one run."
     )
 
 
@@ -75,7 +78,10 @@ def _complexity(lines: Sequence[Complexity]) -> Iterator[str]:
         "them. Visited: pairs in the blocks of 128 that hold an allowed one. Covered: (query, "
         "key) that some head sees; once: that exactly one sees; both of all causal ones. "
         "Overlap: heads that see a covered pair, on average. Empty rows: (head, query) without "
-        "a key. Busiest head: its pairs over those of the mean head."
+        "a key. Busiest head: its pairs over those of the mean head. Blocks are counted whole, "
+        "pairs beyond the diagonal or the last token too. The methods are the presets: "
+        f"{', '.join(_presets())}. No runnable reference of Longformer or BigBird is causal: "
+        "these are the published masks, cut at the diagonal."
     )
     heads = ("method", "allowed", "visited", "allowed, of standard's", "visited, of standard's",
              "covered", "once", "overlap", "empty rows", "busiest head")  # fmt: skip
@@ -95,6 +101,12 @@ def _complexity(lines: Sequence[Complexity]) -> Iterator[str]:
     yield "![Work of each head](complexity.png)"
 
 
+def _presets() -> Iterator[str]:
+    """Those with parameters."""
+    for name in ("sliding_window", "longformer", "bigbird"):
+        yield f"`{name}` with {parameters_text(METHODS[name]).replace(',', ', ')}"
+
+
 def _complexity_cells(c: Complexity, dense: Complexity) -> list[str]:
     rows = c.q_heads * c.seq_len
     return [
@@ -103,8 +115,8 @@ def _complexity_cells(c: Complexity, dense: Complexity) -> list[str]:
         f"{c.computed_pairs}",
         _inverse(dense.allowed_pairs / c.allowed_pairs),
         _inverse(dense.computed_pairs / c.computed_pairs),
-        f"{100 * c.seen_pairs / c.causal_pairs:.1f} %",
-        f"{100 * c.seen_once / c.causal_pairs:.1f} %",
+        percent(c.seen_pairs, c.causal_pairs),
+        percent(c.seen_once, c.causal_pairs),
         f"{c.allowed_pairs / c.seen_pairs:.2f}",
         f"{100 * c.empty_rows / rows:.1f} %",
         f"{max(c.allowed_by_head) * c.q_heads / c.allowed_pairs:.2f} x",
@@ -123,22 +135,26 @@ def _micro_benchmark(points: Sequence[Point]) -> Iterator[str]:
         f"Forward + backward, batch {p.batch}, {p.q_heads} heads, N = {p.seq_len}, head dim "
         f"{p.head_dim}. The paper: about {paper.MICRO_BENCHMARK_SPEEDUP:g} x over dense. "
         "Speed-up: over `standard` on the same backend, with its 99 % interval. Bounds: pairs of "
-        "`standard` over pairs of the method, all pairs and those of visited blocks."
+        "`standard` over pairs of the method, all pairs and those of visited blocks. Device "
+        "clock: what the GPU takes, by replay of a CUDA graph. Host clock: what a caller waits "
+        "who launches every kernel anew; at this size that is mostly the processor's time, and "
+        "other work on the machine raises it. `flex` is compiled FlexAttention, `flash` its "
+        "kernels of flash-attn-4, `varlen` windows over shifted keys in calls of flash-attn-4."
     )
     yield ""
     if not points:
         yield f"{NOT_MEASURED}: no rows of this shape."
         return
-    heads = ("mask", "backend", "clock", "time", "dense", "the paper", "speed-up", "interval",
-             "over fastest dense", "bound, pairs", "bound, blocks")  # fmt: skip
-    yield from _table(heads, map(_point_cells, points), numbers=range(3, len(heads)))
+    heads = ("mask", "backend", "clock", "dtype", "time", "dense", "the paper", "speed-up",
+             "interval", "over fastest dense", "bound, pairs", "bound, blocks")  # fmt: skip
+    yield from _table(heads, map(_point_cells, points), numbers=range(4, len(heads)))
     yield ""
     yield _sources(points)
 
 
 def _point_cells(x: Point) -> list[str]:
     return [
-        f"`{x.method}`", x.backend, x.clock, f"{x.us:.0f} us", f"{x.dense_us:.0f} us",
+        f"`{x.method}`", x.backend, x.clock, x.dtype, f"{x.us:.0f} us", f"{x.dense_us:.0f} us",
         f"about {paper.MICRO_BENCHMARK_SPEEDUP:g} x", f"{x.speedup:.2f} x",
         f"{x.low:.2f} to {x.high:.2f}" if x.low and x.high else "-",
         f"{x.over_fastest:.2f} x ({x.fastest})",
@@ -164,8 +180,8 @@ def _throughput(lines: Sequence[Throughput]) -> Iterator[str]:
         )
     yield (
         "As published: the methods of the papers that the names come from. As released: the "
-        "masks of Harry-Miral/MEHC, over tokens. Whether the paper's runs used this code cannot "
-        "be told from the repository."
+        "masks of Harry-Miral/MEHC. Whether the paper's runs used this code, its repository does "
+        "not say."
     )
     heads = ("name", "the paper, tokens/s", "over Standard", "rank", "measured as", "tokens/s",
              "over Standard", "rank")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -15,13 +16,14 @@ from bench.paper import MICRO_BENCHMARK, TABLE_2_ATTENTION
 from bench.paper_claims import Results, claims
 from bench.paper_figures import draw_complexity, draw_mask_figures, draw_specialisation
 from bench.paper_page import page
-from bench.paper_speeds import micro_benchmark, throughput
-from bench.record import ROOT, Row, read_rows
+from bench.paper_speeds import ATTENTION_ALONE, Throughput, micro_benchmark, throughput
+from bench.record import ROOT, read_rows
 from bench.specialisation import specialisation
 from bench.sweep import Sweep, check_run_name, sweep
 from bench.tables import read_table, write_table
 
-COMMITTED = ROOT / "results" / "h200" / "lengths.csv"
+COMMITTED = ROOT / "results" / "h200"
+COMMITTED_NAMES = ("lengths", "backends", "train*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class Paper:
     """
 
     rows: tuple[Path, ...] | None = None
-    """Take the speeds from these results files instead, and measure nothing."""
+    """Take the speeds from these results files instead, and measure nothing. A table comes from
+    one of them, the one that has most of it."""
     run: str = "paper"
     """Name of results/NAME/ and plots/NAME/; what an earlier run left there is made anew."""
     output: Path | None = None
@@ -50,14 +53,15 @@ def reproduce(request: Paper, console: Console) -> int:
     started = time.perf_counter()
     check_run_name(request.run)
     base = request.output or ROOT
+    files, status = _files(request, base, console)
+    read = [(read_rows(file), _shown(file)) for file in files]
     tables, plots = base / "results" / request.run, base / "plots" / request.run
     for folder in (tables, plots):
         folder.mkdir(parents=True, exist_ok=True)
-    rows, source, status = _rows(request, base, console)
     results = Results(
         complexity=complexity(),
-        micro_benchmark=micro_benchmark(rows, source),
-        throughput=throughput(rows, source),
+        micro_benchmark=max((micro_benchmark(*file) for file in read), key=len, default=[]),
+        throughput=max((throughput(*file) for file in read), key=_worth, default=[]),
         specialisation=list(specialisation()),
     )
     write_results(results, tables)
@@ -97,24 +101,28 @@ def _kinds() -> dict[str, type]:
     return {field.name: get_args(hints[field.name])[0] for field in fields(Results)}
 
 
-def _rows(request: Paper, base: Path, console: Console) -> tuple[list[Row], str, int]:
-    """The rows that speeds come from, the names of their files, and the exit status."""
+def _files(request: Paper, base: Path, console: Console) -> tuple[list[Path], int]:
+    """The results files that speeds come from, and the exit status."""
     if request.rows is not None:
-        rows = [row for file in request.rows for row in read_rows(file)]
-        return rows, ", ".join(map(_shown, request.rows)), 0
+        return list(request.rows), 0
     if torch.cuda.is_available():
-        return _measured(f"{request.run}_speeds", base, console)
+        file, status = _measured(f"{request.run}_speeds", base, console)
+        return [file, *sorted((base / "results").glob("train*.csv"))], status
     say = "skipped: measuring the micro-benchmark and Table 2 needs a GPU;"
-    try:
-        rows = read_rows(COMMITTED)
-    except (OSError, ValueError) as error:
-        console.print(f"{say} nor are there older rows: {error}", highlight=False)
-        return [], "", 0
-    console.print(f"{say} their figures are those of {_shown(COMMITTED)}", highlight=False)
-    return rows, _shown(COMMITTED), 0
+    found = [x for name in COMMITTED_NAMES for x in sorted(COMMITTED.glob(f"{name}.csv"))]
+    shown = ", ".join(map(_shown, found))
+    told = f"their figures are those of {shown}" if found else "nor are there older rows"
+    console.print(f"{say} {told}", highlight=False)
+    return found, 0
 
 
-def _measured(run: str, base: Path, console: Console) -> tuple[list[Row], str, int]:
+def _worth(lines: Sequence[Throughput]) -> tuple[bool, int]:
+    """Training steps before attention alone, then the more methods."""
+    steps = any(line.measured != ATTENTION_ALONE for line in lines)
+    return steps, sum(line.rank is not None for line in lines)
+
+
+def _measured(run: str, base: Path, console: Console) -> tuple[Path, int]:
     shapes = (TABLE_2_ATTENTION, MICRO_BENCHMARK)
     asked = Sweep(
         seq_len=tuple(p.seq_len for p in shapes),
@@ -124,9 +132,7 @@ def _measured(run: str, base: Path, console: Console) -> tuple[list[Row], str, i
         output=str(base),
         resume=True,
     )
-    status = sweep(asked, console)
-    file = base / "results" / f"{run}.csv"
-    return read_rows(file), _shown(file), status
+    return base / "results" / f"{run}.csv", sweep(asked, console)
 
 
 def _shown(path: Path) -> str:
@@ -136,10 +142,11 @@ def _shown(path: Path) -> str:
 
 
 def _say(results: Results, tables: Path, plots: Path, console: Console) -> None:
-    reasons = [f"{c.method} at N = {c.seq_len}: {c.reason}"
+    reasons = [f"{c.method} at N = {c.seq_len}, H = {c.q_heads}: {c.reason}"
                for c in results.complexity if c.reason]  # fmt: skip
     reasons += [f"{x.name} {x.reading} in Table 2: {x.reason}"
                 for x in results.throughput if x.reason]  # fmt: skip
+    reasons.append("head specialisation after training: `train` keeps no weights")
     for reason in reasons:
         console.print(f"skipped: {reason}", highlight=False)
     for claim in claims(results):

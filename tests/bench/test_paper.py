@@ -16,7 +16,7 @@ from bench.paper_claims import Results, claims
 from bench.paper_page import page
 from bench.paper_run import read_results, write_results
 from bench.paper_speeds import micro_benchmark, throughput
-from bench.record import ROOT, Store
+from bench.record import ROOT, Store, read_rows
 from bench.specialisation import RECIPE, specialisation
 from bench.tables import read_table, write_table
 from methods import METHODS
@@ -168,6 +168,47 @@ def test_table_2_prefers_training_steps():
     assert throughput([make_row(method="standard", median_us=1.0)], "x.csv") == []
 
 
+def test_table_2_is_of_one_run_of_the_papers_model():
+    """Tokens/s of all processes and sequences; the more processes, the nearer to the paper."""
+    step = {"phase": "step", "seq_len": 1024, "batch": 32, "clock": "host"}
+    rows = [
+        make_row(method=method, model=model, world_size=size, median_us=us, **step)
+        for model, size, us in (("mine", 4, 7e6), ("table2", 1, 1e6), ("table2", 2, 2e6))
+        for method, us in (("standard", us), ("spattention", us / 2))
+    ]
+    found = {x.method: x.tokens_per_s for x in throughput(rows, "x.csv") if x.rank}
+    assert found == {"standard": 32768, "spattention": 65536}
+    assert throughput(rows[:2], "x.csv") == []
+
+
+def test_only_rows_of_the_very_shape_count():
+    alike = {"seq_len": 1024, "median_us": 9.0}
+    for change in ({"causal": False}, {"kv_heads": 2}, {"head_dim": 64}):
+        rows = [make_row(method=m, **alike, **change) for m in ("standard", "spattention")]
+        assert throughput(rows, "x.csv") == []
+    rows = [make_row(method=m, median_us=9.0, batch=8) for m in ("standard", "spattention")]
+    assert micro_benchmark(rows, "x.csv") == []
+
+
+def test_the_devices_clock_comes_first():
+    rows = [
+        make_row(method=m, seq_len=1024, median_us=us, clock=clock)
+        for clock, us in (("host", 50.0), ("device", 20.0))
+        for m in ("standard", "spattention")
+    ]
+    assert {x.clock for x in throughput(rows, "x.csv")} == {"device"}
+
+
+def test_a_table_comes_from_the_file_that_has_most_of_it(quick, tmp_path):
+    for name, methods in (("one", ("standard",)), ("all", ("standard", "spattention"))):
+        with Store(tmp_path / f"{name}.csv") as store:
+            store.append(list(sweep_rows((1024, 4096), methods=methods)))
+    files = [str(tmp_path / f"{name}.csv") for name in ("one", "all")]
+    assert main(["paper", "--output", str(tmp_path), "--rows", *files]) == 0
+    found = read_results(tmp_path / "results" / "paper")
+    assert {x.source for x in (*found.micro_benchmark, *found.throughput)} == {"all.csv"}
+
+
 def test_tables_come_back_as_they_were(results, tmp_path):
     write_results(results, tmp_path)
     again = read_results(tmp_path)
@@ -239,7 +280,7 @@ def quick():
             paper_run, "specialisation", lambda: specialisation(p=small, layers=2, seeds=(0,))
         )
         patch.setattr("torch.cuda.is_available", lambda: False)
-        patch.setattr(paper_run, "COMMITTED", ROOT / "results" / "none.csv")
+        patch.setattr(paper_run, "COMMITTED", ROOT / "results" / "none")
         yield
 
 
@@ -256,7 +297,7 @@ def made(quick, tmp_path_factory):
 def test_the_command_makes_all_and_says_what_it_skips(made):
     tables, plots, said = made
     assert "skipped: measuring the micro-benchmark and Table 2 needs a GPU" in said
-    assert "nor are there older rows" in said and "none.csv" in said
+    assert "nor are there older rows" in said
     assert sorted(p.name for p in tables.iterdir()) == [
         "complexity.csv", "micro_benchmark.csv", "specialisation.csv", "throughput.csv",
     ]  # fmt: skip
@@ -301,6 +342,7 @@ def test_with_a_gpu_both_shapes_are_measured(quick, tmp_path, monkeypatch, statu
     (request,) = asked
     assert (request.seq_len, request.heads, request.head_dim) == ((1024, 4096), (8,), (128,))
     assert request.methods == tuple(METHODS) and request.output == str(tmp_path)
+    assert request.resume
     results = read_results(tmp_path / "results" / "paper")
     assert [x.method for x in results.micro_benchmark] == ["spattention"]
     assert {x.source for x in results.throughput} == {"paper_speeds.csv"}
@@ -315,7 +357,8 @@ def test_with_a_gpu_both_shapes_are_measured(quick, tmp_path, monkeypatch, statu
     ],
 )
 def test_wrong_requests_are_one_line(quick, tmp_path, capsys, arguments, complaint):
-    assert main(["paper", "--output", str(tmp_path), *arguments]) == 2
+    assert main(["paper", "--output", str(tmp_path / "new"), *arguments]) == 2
+    assert not (tmp_path / "new").exists()
     error = capsys.readouterr().err
     assert complaint in error and error.count("\n") == 1
 
@@ -324,3 +367,20 @@ def test_the_committed_page_is_that_of_the_committed_tables():
     assert (ROOT / "plots" / "cpu" / "paper" / "README.md").read_text() == page(
         read_results(COMMITTED)
     )
+
+
+def test_the_committed_tables_are_those_of_the_committed_rows():
+    results = read_results(COMMITTED)
+    for table, make in (
+        (results.micro_benchmark, micro_benchmark), (results.throughput, throughput),
+    ):  # fmt: skip
+        (source,) = {line.source for line in table}
+        again = make(read_rows(ROOT / source), source)
+        assert len(table) == len(again) > 8
+        for line, other in zip(table, again, strict=True):
+            for field in dataclasses.fields(line):
+                value, wanted = (getattr(x, field.name) for x in (line, other))
+                near = isinstance(value, float)
+                assert value == (pytest.approx(wanted, rel=1e-5) if near else wanted), field.name
+    counted = [line for line in results.complexity if (line.seq_len, line.q_heads) == (1024, 8)]
+    assert counted == complexity(sizes=((1024, 8),))
