@@ -218,6 +218,9 @@ class _Bench:
         inputs = self._inputs(method)
         q, k, v = (x.detach() for x in inputs[0][:3])
         state = prepared.state = method.prepare(q, k, self.p)
+        if fault := method.state_fault(q, k, self.p, state):
+            prepared.refused |= {x: ("mismatch", fault) for x in wanted}
+            return attention
         prepared.facts["allowed_pairs"] = method.allowed_pairs(self.p, state)
         if backend.uses_blocks:
             layout = method.layout(q, k, v, self.p, state, self.group.block_size)

@@ -15,7 +15,7 @@ other backend. What is not the library's:
 
 What they cost in precision stays in, too, and the gate says where it is too much: transformers'
 Longformer has a float32 softmax whatever the type, several keep scores and probabilities in 16
-bits, and both LSH modules, causal and with several rounds, give a token that sees itself alone
+bits (there only Longformer's and, at some shapes, BigBird's pass), and both LSH modules, causal and with several rounds, give a token that sees itself alone
 weights whose sum is 1 to a few thousandths in float32, since its scores are -1e5 or -5e4.
 
 Libraries are imported where they are first needed: they are optional, and slow to import.
@@ -221,6 +221,8 @@ def reformer_pytorch_refuses(
         )
     if (method.before, method.after) != (1, 0):
         return "reformer-pytorch sees one chunk before a query's own and none after"
+    if method.mode == "exact" and not p.causal and p.seq_len == 2 * method.chunk:
+        return "reformer-pytorch lists every pair of two chunks twice"
     if p.seq_len % (2 * method.chunk):
         return f"{p.seq_len} tokens are no multiple of two chunks of {method.chunk}"
     if method.mode == "exact" and p.dtype in ("bfloat16", "float16"):

@@ -58,10 +58,8 @@ class Chunks(Method):
         return x.flatten(2, 3) if self.inner.ring else x.flatten(1, 2)
 
     def buckets(self, state: Rounds) -> Tensor:
-        """Bucket in each slot, another number in each round, int32 [B, heads, slots]."""
-        rounds = self.inner.n_rounds
-        number = torch.arange(rounds, device=state.buckets.device)[:, None]
-        return self.fold((state.buckets * rounds + number).gather(3, state.order)).int()
+        """Bucket in each slot, of the slot's own round: int32 [B, heads, slots]."""
+        return self.fold(state.buckets.gather(3, state.order)).int()
 
     def mask_mod(self, p: Problem, device: torch.device, state: Rounds | None = None) -> MaskMod:
         """p counts slots. Without a state, what is known without the data."""
@@ -74,13 +72,20 @@ class Chunks(Method):
             return near_chunks
         causal, within = p.causal, self.inner.within_buckets
         order, bucket = self.fold(state.order).int(), self.buckets(state) if within else None
+        ring, tokens = self.inner.ring, p.seq_len // self.inner.n_rounds
 
         def mask(b: Tensor, h: Tensor, s: Tensor, t: Tensor) -> Tensor:
             allowed = near(s // chunk - t // chunk)
+            i, j = order[b, h, s], order[b, h, t]
             if causal:
-                allowed = allowed & (order[b, h, t] <= order[b, h, s])
+                allowed = allowed & (j <= i)
+            if ring:
+                # Itself in another round, too: two penalties have a sum that float32 rounds.
+                allowed = allowed & ((i != j) | (s == t))
             if within:
                 allowed = allowed & (bucket[b, h, t] == bucket[b, h, s])
+            if within and ring:
+                allowed = allowed & (s // tokens == t // tokens)
             return allowed
 
         return mask

@@ -132,6 +132,13 @@ class Method:
         """State of one call, computed from q [B, Hq, N, D] and k; None for a static method."""
         return None
 
+    def state_fault(self, q: Tensor, k: Tensor, p: Problem, state: Any) -> str | None:
+        """What is wrong with a state that `prepare` made of q and k, found another way; or None.
+
+        References take the state as it is, so that nothing else would show it.
+        """
+        return None
+
     def keys(self, k: Tensor) -> Tensor:
         """What scores are taken with, of k [B, Hkv, N, D]: differentiable, homogeneous in k."""
         return k

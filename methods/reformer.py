@@ -20,6 +20,8 @@ from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, Sco
 MODES = ("exact", "transformers", "reformer_pytorch")
 # As in trax: two rotations in place of one, whose memory would grow with N^2 / chunk.
 MOST_IN_ONE_ROTATION = 128
+# Of a check in float64: tokens a head, and the share that float32 may round into other buckets.
+TOKENS_LOOKED_AT, MOST_OTHER_BUCKETS = 512, 0.01
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Reformer(Method):
         least = {"chunk": 1, "n_rounds": 1, "seed": 0, "before": 0, "after": 0}
         for field, low in least.items():
             value = getattr(self, field)
-            if type(value) is not int or value < low:
+            if type(value) is not int or not low <= value < 1 << 63:
                 raise ValueError(
                     f"reformer: {field} is {value!r}; it must be a whole number, {low} or more"
                 )
@@ -171,10 +173,30 @@ class Reformer(Method):
             raise ValueError(f"reformer: buckets are {buckets.dtype}; they must be integers")
         order = stable_order(buckets, together=buckets.is_cuda)
         slots = torch.arange(p.seq_len, device=buckets.device).expand(wanted)
-        return Rounds(buckets, order, torch.empty_like(order).scatter_(-1, order, slots))
+        return Rounds(buckets.long(), order, torch.empty_like(order).scatter_(-1, order, slots))
 
     def prepare(self, q: Tensor, k: Tensor, p: Problem) -> Rounds:
         return self.rounds(self.hash(q, p), p)
+
+    def state_fault(self, q: Tensor, k: Tensor, p: Problem, state: Rounds) -> str | None:
+        """As `Method.state_fault`: some tokens' buckets in float64, and every line's order."""
+        some = torch.arange(0, p.seq_len, max(1, p.seq_len // TOKENS_LOOKED_AT), device=q.device)
+        sizes = self.rotations(p)
+        drawn = _draw(p.q_heads, p.head_dim, self.n_rounds, sum(sizes) // 2, self.seed, q.device)
+        rotated = torch.einsum("bhnd,hdrx->bhrnx", q.detach()[:, :, some].double(), drawn.double())
+        buckets, counted = 0, 1
+        for part, size in zip(rotated.split([x // 2 for x in sizes], -1), sizes, strict=True):
+            buckets = buckets + counted * torch.cat((part, -part), -1).argmax(-1)
+            counted *= size
+        other = float((buckets != state.buckets[..., some]).double().mean())
+        if other > MOST_OTHER_BUCKETS:
+            return f"{other:.1%} of the tokens are in other buckets than in float64"
+        if not torch.equal(state.order, state.buckets.argsort(dim=-1, stable=True)):
+            return "slots are not in the order of buckets and positions"
+        slots = torch.arange(p.seq_len, device=q.device).expand_as(state.slot)
+        if not torch.equal(state.slot.gather(-1, state.order), slots):
+            return "the way back is not the inverse of the order"
+        return None
 
     def keys(self, k: Tensor) -> Tensor:
         wide = k.to(torch.promote_types(k.dtype, torch.float32))
@@ -284,6 +306,9 @@ class Reformer(Method):
             allowed = (i >= 0) & (j >= 0) & ((j <= i) | (not p.causal))
             if self.within_buckets:
                 allowed &= buckets[:, own, :, None] == buckets[:, other, None, :]
+            if self.within_buckets and self.ring:
+                turn = p.seq_len // self.chunk
+                allowed &= (own // turn == other // turn)[:, None, None]
             times = listings(head[:1] * 0, token_head, i.clamp(min=0), j.clamp(min=0))
             # A pair that is met in several rounds adds up to one.
             total += float((allowed / times.clamp(min=1).double()).sum())
@@ -298,6 +323,10 @@ class Reformer(Method):
         q and k may be two tensors of equal values, so that their gradients can be told apart.
         """
         state, chunks = _given(state), Chunks(self)
+        if state.slot.shape != (wanted := (p.batch, p.q_heads, self.n_rounds, p.seq_len)):
+            raise ValueError(
+                f"reformer: the state is for {list(state.slot.shape)}; it must be {list(wanted)}"
+            )
         slots = chunks.problem(p)
         mask = copy.copy(static_parts(chunks, slots, q.device, block_size)[0])
         mask.mask_mod = chunks.mask_mod(slots, q.device, state)
@@ -317,7 +346,7 @@ class Reformer(Method):
 
 
 def _given(state: Rounds | None) -> Rounds:
-    if state is None:
+    if not isinstance(state, Rounds):
         raise ValueError("reformer: its mask follows from the inputs; give state=prepare(q, k, p)")
     return state
 

@@ -209,3 +209,54 @@ def test_cells_are_gated_counted_and_timed(monkeypatch: pytest.MonkeyPatch) -> N
     # One call is the gate's; before and after it come the first call and the samples.
     assert shared.count(False) == 1
     assert shared[0] and shared[-1] and len(shared) >= 5
+
+
+def alike(state: Any) -> Any:
+    return replace(state, buckets=state.buckets[:, :, :1].expand_as(state.buckets).contiguous())
+
+
+WRONG_STATES = {
+    "all in one bucket": lambda s: replace(s, buckets=s.buckets * 0),
+    "all rounds alike": alike,
+    "positions for buckets": lambda s: replace(s, buckets=s.slot),
+    "not sorted": lambda s: replace(s, order=s.slot.sort().values, slot=s.slot.sort().values),
+    "sorted backwards": lambda s: replace(s, order=s.order.flip(-1)),
+    "another way back": lambda s: replace(s, slot=s.slot.roll(1, -1)),
+}
+
+
+@pytest.mark.parametrize("how", WRONG_STATES)
+def test_a_wrong_hash_or_order_gets_no_number(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference takes the state as it is: it is held against buckets in float64."""
+    prepare = Reformer.prepare
+    cell = Cell("reformer:chunk=64", "blockwise")
+    group = Group(
+        problem=P, block_size=(64, 64), cells=(cell,), phases=("fwd",), device="cpu", seed=0,
+        rounds=1, seconds=0.0, run="test",
+    )  # fmt: skip
+    machine = Machine(environment(torch.device("cpu")))
+    (right,) = measure_group(group, machine, lambda cell: None, Clockwork())[cell]
+    assert right.status == "ok"
+    monkeypatch.setattr(Reformer, "prepare", lambda *given: WRONG_STATES[how](prepare(*given)))
+    (wrong,) = measure_group(group, machine, lambda cell: None, Clockwork())[cell]
+    assert (wrong.status, wrong.median_us) == ("mismatch", None)
+    assert any(x in wrong.reason for x in ("other buckets", "the order of", "the inverse of"))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_token_that_is_listed_twice_and_alone_keeps_its_gradient(seed: int) -> None:
+    """On a ring a first chunk sees the last one of the round before: itself a second time."""
+    method = Reformer(chunk=64, n_rounds=4, mode="transformers")
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 4, 448, 16)
+    x, v, weights = (torch.randn(shape, generator=generator) for _ in range(3))
+    p = Problem(batch=2, seq_len=448, q_heads=4, head_dim=16, dtype="float32")
+    state, found = method.prepare(x, x, p), []
+    for dtype in (torch.float32, torch.float64):
+        own = [t.to(dtype).requires_grad_() for t in (x, v)]
+        layout = method.layout(own[0], *own, replace(p, dtype=str(dtype)[6:]), state, (64, 64))
+        out = layout.restore(
+            *blockwise(layout.q, layout.k, layout.v, layout.block_mask, layout.score_mod)
+        )
+        found.append(torch.autograd.grad((out * weights.to(dtype)).sum(), own)[1])
+    assert (found[0] - found[1]).abs().max() < 1e-4

@@ -33,6 +33,11 @@ def test_every_round_is_sorted_by_bucket_then_position(
     drawn = torch.tensor([-most - 1, -7, 0, 3, most])
     buckets = drawn[torch.randint(5, (BATCH, HEADS, 3, 50), generator=generator)].to(dtype)
     state = method.rounds(buckets, p)
+    near = replace(method, within_buckets=True)
+    x, v = operands(p)
+    plain = near.rounds(torch.searchsorted(drawn.unique(), buckets.long()), p)
+    assert near.allowed_pairs(p, state) == near.allowed_pairs(p, plain)
+    torch.testing.assert_close(run(near, x, v, p, state), run(near, x, v, p, plain))
     for line in itertools.product(range(BATCH), range(HEADS), range(3)):
         given, order = buckets[line].tolist(), state.order[line].tolist()
         assert order == sorted(range(50), key=lambda token, given=given: (given[token], token))

@@ -328,6 +328,11 @@ def test_bad_tensors() -> None:
         method.rounds(torch.zeros(2, 3, 1, 100, dtype=torch.long), p)
     with pytest.raises(ValueError, match=r"buckets are torch.float32; they must be integers"):
         method.rounds(torch.zeros(2, 3, 4, 100), p)
+    short = Reformer(chunk=16)
+    with pytest.raises(ValueError, match=r"state is for \[2, 3, 2, 100\]; it must be \[2, 3, 4, "):
+        short.layout(x, x, v, p, replace(short, n_rounds=2).prepare(x, x, p))
+    with pytest.raises(ValueError, match=r"give state=prepare\(q, k, p\)"):
+        attend(x, x, v, short, state=x)
     with pytest.raises(ValueError, match=r"give state=prepare\(q, k, p\)"):
         method.mask_mod(p, CPU)
     single = [t.detach().float() for t in (x, v)]
