@@ -14,9 +14,10 @@ other backend. What is not the library's:
   model, for all layers together. That it fills an N x N matrix of probabilities stays in.
 
 What they cost in precision stays in, too, and the gate says where it is too much: transformers'
-Longformer has a float32 softmax whatever the type, several keep scores and probabilities in 16
-bits (there only Longformer's and, at some shapes, BigBird's pass), and both LSH modules, causal and with several rounds, give a token that sees itself alone
-weights whose sum is 1 to a few thousandths in float32, since its scores are -1e5 or -5e4.
+Longformer has a float32 softmax whatever the type; several keep scores and probabilities in 16
+bits, where most fail it; and both LSH modules, causal and with several rounds, give a token that
+sees itself alone weights whose sum is 1 to a few thousandths in float32, since its scores are -1e5
+or -5e4.
 
 Libraries are imported where they are first needed: they are optional, and slow to import.
 """
