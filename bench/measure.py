@@ -42,6 +42,7 @@ from methods import Method
 from methods.blocks import computed_pairs
 from methods.method import static_parts
 
+ERRORS = ("error_out", "error_dq", "error_dk", "error_dv", "error_budget")
 # The gate looks at blocks of at most this many rows and keys, whatever a kernel visits.
 GATE_BLOCK = 128
 # It samples rows in at most this many blocks a head: its cost would go with the square of N, and
@@ -237,8 +238,7 @@ class _Bench:
             first_calls(attention, inputs[0], wanted)
         with self.clockwork.on("gate"):
             verdict = self._gate(prepared, attention, wanted)
-        errors = ("error_out", "error_dq", "error_dk", "error_dv", "error_budget")
-        prepared.facts |= {name: getattr(verdict, name) for name in errors}
+        prepared.facts |= {name: getattr(verdict, name) for name in ERRORS}
         if not verdict.passed:
             prepared.refused |= {x: ("mismatch", verdict.reason) for x in wanted}
         elif self.device.type == "cuda":

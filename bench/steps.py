@@ -23,7 +23,7 @@ from bench import chip, timing
 from bench.ahead import first_call
 from bench.ceilings import measure_ceilings
 from bench.cells import Cell, Group, Prepared, rows_of
-from bench.measure import Clockwork, Machine, measure_group
+from bench.measure import ERRORS, Clockwork, Machine, measure_group
 from bench.models import Model, build, compile_model, parameters, recompute_layers
 from bench.record import STATUSES, STEP, Row, environment
 from bench.sampling import Series
@@ -36,8 +36,7 @@ BYTES = 256  # tokens of a text
 RANK_APART = 1_000_003  # seeds of neighbouring ranks; a CPU takes 32 bits of a seed
 # In names of kernels: FlexAttention's by torch, and those of the libraries.
 ATTENTION = re.compile(r"flex_attention|flash|fmha|sdpa|attention|attn", re.IGNORECASE)
-GATE = ("allowed_pairs", "computed_pairs", "error_out", "error_dq", "error_dk", "error_dv",
-        "error_budget")  # fmt: skip
+GATE = "allowed_pairs", "computed_pairs", *ERRORS
 # Of the attention call by itself, whose speed-up bounds that of a step.
 CALL_ROUNDS, CALL_SECONDS = 10, 2.0
 
