@@ -139,7 +139,8 @@ class _Reorder(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         grad = _take(grad, *ctx.saved_tensors)
-        return grad.sum(2, keepdim=True) if ctx.shared else grad, None, None
+        several = ctx.shared and grad.shape[2] > 1
+        return grad.sum(2, keepdim=True) if several else grad, None, None
 
 
 def stable_order(buckets: Tensor, together: bool) -> Tensor:
