@@ -72,7 +72,9 @@ def _must_not_wait(call: Call) -> None:
 
     A capture that breaks off for it would leave torch's allocator in the middle of a capture.
     """
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype and does not find everything
+        torch.cuda.set_sync_debug_mode("error")
     try:
         call()
     finally:
