@@ -229,13 +229,24 @@ class _Training:
             self.prepared.refused[STEP] = ("mismatch", f"the loss of step {wrong[0]} is no number")
             facts["losses"] = None
             return
-        series = self.prepared.series[STEP, "host"] = Series()
-        for number, (us, reading) in enumerate(zip(times, readings, strict=True)):
-            series.keep(number, us, reading)
+        self.prepared.series[STEP, "host"] = kept(times, readings, self.world, device)
         # The profiler makes later launches slower, so it comes last.
         announce("the profiled step")
         is_attention = self.prepared.method != IDENTITY
         facts["attention_us"], facts["other_us"] = kernel_split(self.step, device, is_attention)
+
+
+def kept(
+    times: Sequence[float], readings: Sequence[chip.Reading | None], world: World,
+    device: torch.device,
+) -> Series:  # fmt: skip
+    """The steps that count: those in which no process's chip was slowed down."""
+    slowed = world.maxima([float(x is not None and x.slowed) for x in readings], device)
+    series = Series(discarded=round(sum(slowed)))
+    for number, (us, reading) in enumerate(zip(times, readings, strict=True)):
+        if not slowed[number]:
+            series.keep(number, us, reading)
+    return series
 
 
 def _spread(

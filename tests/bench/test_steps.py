@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from bench.chip import Reading
 from bench.models import MODELS, with_options
 from bench.record import STATUSES
-from bench.steps import World, _no_step
+from bench.steps import World, _no_step, kept
 from bench.train_report import trainings
 from tests.bench.rows import make_row
 
@@ -42,6 +43,19 @@ def test_a_step_is_measured_where_attention_is_right_and_can_be_captured():
     assert _no_step(rows, World(), CPU) is None
     rows[0] = make_row(median_us=9.0, clock="kernels")
     assert _no_step(rows, World(), CPU)[0] == "unsupported"
+
+
+def test_a_step_counts_where_no_chip_was_slowed_down():
+    """One that waited for a slower rank is as slow as it."""
+
+    class Second(World):
+        def maxima(self, values, device):
+            return [max(pair) for pair in zip(values, (0.0, 0.0, 1.0, 0.0), strict=True)]
+
+    cool, hot = (Reading(1980, 500.0, 60, reasons) for reasons in ((), ("thermal",)))
+    series = kept([1.0, 2.0, 3.0, 4.0], [cool, hot, cool, None], Second(0, 2), CPU)
+    assert (series.samples, series.discarded) == ([(0, 1.0), (3, 4.0)], 2)
+    assert series.readings == [cool]
 
 
 def test_how_a_model_runs_is_part_of_its_name():
