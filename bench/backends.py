@@ -61,7 +61,7 @@ class Backend:
         """Why this machine, method, problem and phase cannot be measured, or None."""
         if phase == "layout" and not self.uses_blocks:
             return "no block lists to build"
-        if phase == "prepare" and (not self.uses_blocks or type(method).prepare is Method.prepare):
+        if phase == "prepare" and (not self.uses_blocks or method.static):
             return "nothing follows from the inputs here"
         try:
             method.validate(p)

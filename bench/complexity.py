@@ -72,7 +72,7 @@ def count(method: Method, p: Problem, block_size: tuple[int, int] = (128, 128)) 
         "method": method.name, "params": parameters_text(method), "seq_len": p.seq_len,
         "q_heads": p.q_heads, "q_block": block_size[0], "kv_block": block_size[1],
     }  # fmt: skip
-    if type(method).prepare is not Method.prepare:
+    if not method.static:
         return Complexity(**key, reason="its pairs depend on the inputs")
     try:
         method.validate(p)

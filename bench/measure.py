@@ -127,13 +127,14 @@ def _sample(
 ) -> list[Cell]:
     """Samples what is ready; takes out, and returns, what finds no memory for it any more."""
     short: list[Cell] = []
+    running: list[Cell] = []
+
+    def tell(cell: Cell) -> None:
+        running.append(cell)
+        announce(cell)
+
     while ready:
-        running: list[Cell] = []
-
-        def tell(cell: Cell, running: list[Cell] = running) -> None:
-            running.append(cell)
-            announce(cell)
-
+        running.clear()
         try:
             bench.sample(ready, machine.read_chip, tell)
             break

@@ -61,7 +61,7 @@ def _pair_claims(lines: Iterable[Complexity]) -> Iterator[Claim]:
     counted = [line for line in lines if line.reason is None]
     dense = {(c.seq_len, c.q_heads): c for c in counted if c.method == "standard"}
 
-    def each(value: Callable[[Complexity], float], form: str) -> str:
+    def each(value: Callable[[Complexity], float], form: Callable[[float], str]) -> str:
         """The range over all (N, H), of both masks."""
         return _both({
             name: _range([value(c) for c in counted if c.method == name], form)
@@ -73,17 +73,15 @@ def _pair_claims(lines: Iterable[Complexity]) -> Iterator[Claim]:
 
     yield Claim(
         "causal pairs that some head sees", "eq. 5", "all",
-        _both({name: " to ".join(dict.fromkeys(
-            percent(c.seen_pairs, c.causal_pairs) for c in counted if c.method == name
-        )) for name in (SPATTENTION, RELEASED)}),
+        each(lambda c: 100 * c.seen_pairs / c.causal_pairs, percent),
     )  # fmt: skip
     yield Claim(
         "pairs of standard attention over those of SPAttention", "eqs. 6, 7", "H",
-        each(fewer, "{:.2f} H"),
+        each(fewer, "{:.2f} H".format),
     )  # fmt: skip
     yield Claim(
         "pairs that more than one head sees", "eq. 8", "none",
-        each(lambda c: 100 * (1 - c.seen_once / c.seen_pairs), "{:.1f} %"),
+        each(lambda c: 100 * (1 - c.seen_once / c.seen_pairs), "{:.1f} %".format),
     )  # fmt: skip
 
 
@@ -127,8 +125,8 @@ def _specialisation_claims(lines: Iterable[Specialised]) -> Iterator[Claim]:
         yield Claim(
             f"head diversity sigma, {name}", "text",
             f"{theirs.sigma_low:.4f} to {theirs.sigma_high:.4f}",
-            f"{_range(sigmas[method], '{:.4f}')} untrained, {flat[method].sigma:.4f} uniform "
-            f"(`{method}`)",
+            f"{_range(sigmas[method], '{:.4f}'.format)} untrained, "
+            f"{flat[method].sigma:.4f} uniform (`{method}`)",
         )  # fmt: skip
         yield Claim(
             f"mean entropy, {name}", "text", f"{theirs.entropy:.4f}",
@@ -148,8 +146,8 @@ def _specialisation_claims(lines: Iterable[Specialised]) -> Iterator[Claim]:
     yield Claim(
         "sigma of SPAttention over Standard's", "text",
         f"over {paper.SPECIALISATION_SIGMA_RATIO} x",
-        f"at least {_range(ratios, '{:.0f} x')} by seed, untrained (`{RELEASED}`); Standard's is "
-        "0 for uniform attention",
+        f"at least {_range(ratios, '{:.0f} x'.format)} by seed, untrained (`{RELEASED}`); "
+        "Standard's is 0 for uniform attention",
     )  # fmt: skip
     limit = math.log(RECIPE.seq_len / RECIPE.q_heads)
     bounds = (f"{flat[method].bound:.3f} (`{method}`)" for method in flat)
@@ -164,10 +162,9 @@ def untrained_entropy(lines: Iterable[Specialised], method: str) -> float:
     return mean(x.entropy for x in lines if x.method == method and x.weights == "untrained")
 
 
-def percent(part: int, whole: int) -> str:
-    """A share; a hundred only where nothing is missing."""
-    share = 100 * part / whole
-    return f"{share:.1f} %" if part == whole or share < 99.95 else "99.9 %"
+def percent(share: float) -> str:
+    """A hundred only where nothing is missing."""
+    return f"{share:.1f} %" if share == 100 or share < 99.95 else "99.9 %"
 
 
 def _both(ours: dict[str, str | None]) -> str:
@@ -176,8 +173,8 @@ def _both(ours: dict[str, str | None]) -> str:
     return "; ".join(given) or NOT_MEASURED
 
 
-def _range(values: Iterable[float], form: str) -> str:
-    texts = [form.format(end) for end in (min(values), max(values))]
+def _range(values: Iterable[float], form: Callable[[float], str]) -> str:
+    texts = [form(end) for end in (min(values), max(values))]
     return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 

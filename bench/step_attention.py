@@ -50,7 +50,7 @@ IDENTITY = Identity()
 
 def trains(method: Method) -> str | None:
     """Why no model here can train with a method, or None."""
-    if method.shared_qk or type(method).prepare is not Method.prepare:
+    if method.shared_qk or not method.static:
         return f"{method.name} shares queries and keys, which the models of `train` do not"
     return None
 

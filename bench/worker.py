@@ -22,11 +22,7 @@ from bench import chip, timing
 from bench.ceilings import measure_ceilings
 from bench.cells import Cell, Group, failure_rows
 from bench.failures import CELL_ERRORS, one_line, out_of_memory
-from bench.measure import (
-    Clockwork,
-    Machine,
-    measure_group,
-)
+from bench.measure import Clockwork, Machine, measure_group
 from bench.record import Environment, Row, environment
 
 SPAWN = multiprocessing.get_context("spawn")

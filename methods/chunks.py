@@ -58,8 +58,10 @@ class Chunks(Method):
         return x.flatten(2, 3) if self.inner.ring else x.flatten(1, 2)
 
     def buckets(self, state: Rounds) -> Tensor:
-        """Bucket in each slot, of the slot's own round: int32 [B, heads, slots]."""
-        return self.fold(state.buckets.gather(3, state.order)).int()
+        """Bucket in each slot, another number in each round, int64 [B, heads, slots]."""
+        rounds = self.inner.n_rounds
+        number = torch.arange(rounds, device=state.buckets.device)[:, None]
+        return self.fold((state.buckets * rounds + number).gather(3, state.order))
 
     def mask_mod(self, p: Problem, device: torch.device, state: Rounds | None = None) -> MaskMod:
         """p counts slots. Without a state, what is known without the data."""
@@ -72,7 +74,7 @@ class Chunks(Method):
             return near_chunks
         causal, within = p.causal, self.inner.within_buckets
         order, bucket = self.fold(state.order).int(), self.buckets(state) if within else None
-        ring, tokens = self.inner.ring, p.seq_len // self.inner.n_rounds
+        ring = self.inner.ring
 
         def mask(b: Tensor, h: Tensor, s: Tensor, t: Tensor) -> Tensor:
             allowed = near(s // chunk - t // chunk)
@@ -84,8 +86,6 @@ class Chunks(Method):
                 allowed = allowed & ((i != j) | (s == t))
             if within:
                 allowed = allowed & (bucket[b, h, t] == bucket[b, h, s])
-            if within and ring:
-                allowed = allowed & (s // tokens == t // tokens)
             return allowed
 
         return mask

@@ -70,7 +70,7 @@ def register(
             is not what it may be.
     """
     if methods is None:
-        methods = {name: x for name, x in METHODS.items() if seq_len is None or _static(x)}
+        methods = {name: x for name, x in METHODS.items() if seq_len is None or x.static}
     if not isinstance(methods, Mapping) or not all(isinstance(name, str) for name in methods):
         raise ValueError(f"methods is {methods!r}; it must be a mapping of names to methods")
     if seq_len is not None:
@@ -82,11 +82,6 @@ def register(
         AttentionInterface.register(interface.name, interface.attention)
         AttentionMaskInterface.register(interface.name, interface.mask)
     return list(methods)
-
-
-def _static(method: Method) -> bool:
-    """Whether the mask is known without queries and keys."""
-    return type(method).prepare is Method.prepare
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +132,7 @@ class Interface:
             )
         if self.backend not in (known := ("auto", *BACKENDS)):
             raise ValueError(f"backend is {self.backend!r}; it must be one of {', '.join(known)}")
-        if self.seq_len is not None and not _static(self.method):
+        if self.seq_len is not None and not self.method.static:
             raise ValueError(f"{self.name}: {self.method.name} takes no fixed seq_len")
 
     # Compiled models run both as they are: the kernel inside is compiled on its own.
@@ -242,7 +237,7 @@ class Interface:
         if self.seq_len is None and spans is None and global_tokens is None:
             return self.method, None
         pinned = Pinned(self.method, self.seq_len)
-        if not _static(self.method):
+        if not self.method.static:
             raise ValueError(f"{self.name}: {self.method.name}'s order has no padding")
         if spans is not None and self.seq_len is None and not self.method.grows(call.causal):
             raise ValueError(

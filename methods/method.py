@@ -128,6 +128,11 @@ class Method:
         """Whether the mask of N tokens is a corner of that of more: keys can be cached."""
         return False
 
+    @property
+    def static(self) -> bool:
+        """Whether the mask is known without queries and keys: there is nothing to prepare."""
+        return type(self).prepare is Method.prepare
+
     def prepare(self, q: Tensor, k: Tensor, p: Problem) -> Any:
         """State of one call, computed from q [B, Hq, N, D] and k; None for a static method."""
         return None

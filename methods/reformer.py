@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -142,17 +142,21 @@ class Reformer(Method):
         Args:
             q: [B, H, N, D].
         """
-        sizes = self.rotations(p)
-        drawn = _draw(p.q_heads, p.head_dim, self.n_rounds, sum(sizes) // 2, self.seed, q.device)
-        rotated = torch.einsum("bhnd,hdrx->bhrnx", q.float(), drawn)
         buckets, counted = 0, 1
-        for part, size in zip(rotated.split([x // 2 for x in sizes], -1), sizes, strict=True):
+        for part, size in self._rotated(q.float(), p):
             # The largest of the part and of its negative, without a copy of both.
             high, low = part.max(-1), part.min(-1)
             nearest = torch.where(high[0] >= -low[0], high[1], low[1] + size // 2)
             buckets = buckets + counted * nearest
             counted *= size
         return buckets
+
+    def _rotated(self, q: Tensor, p: Problem) -> Iterator[tuple[Tensor, int]]:
+        """q by each rotation, [B, H, R, N, buckets / 2] in its dtype, and its buckets."""
+        sizes = self.rotations(p)
+        drawn = _draw(p.q_heads, p.head_dim, self.n_rounds, sum(sizes) // 2, self.seed, q.device)
+        rotated = torch.einsum("bhnd,hdrx->bhrnx", q, drawn.to(q.dtype))
+        return zip(rotated.split([x // 2 for x in sizes], -1), sizes, strict=True)
 
     def rounds(self, buckets: Tensor, p: Problem) -> Rounds:
         """State of a call with these buckets.
@@ -181,11 +185,8 @@ class Reformer(Method):
     def state_fault(self, q: Tensor, k: Tensor, p: Problem, state: Rounds) -> str | None:
         """As `Method.state_fault`: some tokens' buckets in float64, and every line's order."""
         some = torch.arange(0, p.seq_len, max(1, p.seq_len // TOKENS_LOOKED_AT), device=q.device)
-        sizes = self.rotations(p)
-        drawn = _draw(p.q_heads, p.head_dim, self.n_rounds, sum(sizes) // 2, self.seed, q.device)
-        rotated = torch.einsum("bhnd,hdrx->bhrnx", q.detach()[:, :, some].double(), drawn.double())
         buckets, counted = 0, 1
-        for part, size in zip(rotated.split([x // 2 for x in sizes], -1), sizes, strict=True):
+        for part, size in self._rotated(q.detach()[:, :, some].double(), p):
             buckets = buckets + counted * torch.cat((part, -part), -1).argmax(-1)
             counted *= size
         other = float((buckets != state.buckets[..., some]).double().mean())
@@ -306,9 +307,6 @@ class Reformer(Method):
             allowed = (i >= 0) & (j >= 0) & ((j <= i) | (not p.causal))
             if self.within_buckets:
                 allowed &= buckets[:, own, :, None] == buckets[:, other, None, :]
-            if self.within_buckets and self.ring:
-                turn = p.seq_len // self.chunk
-                allowed &= (own // turn == other // turn)[:, None, None]
             times = listings(head[:1] * 0, token_head, i.clamp(min=0), j.clamp(min=0))
             # A pair that is met in several rounds adds up to one.
             total += float((allowed / times.clamp(min=1).double()).sum())

@@ -72,7 +72,7 @@ def layers(method: Banded, p: Problem) -> list[list[Piece]]:
 def refusal(method: Method, p: Problem) -> str | None:
     """Why a method cannot be computed by windows, whatever the kernel; or None."""
     kind = type(method)
-    plain = isinstance(method, Banded) and kind.prepare is Method.prepare
+    plain = isinstance(method, Banded) and method.static
     plain = plain and kind.keys is Method.keys
     if not plain or method.score_mod(p, torch.device("cpu")) is not None:
         return f"varlen takes methods given by bands of distances alone; {method.name} is not"
@@ -107,34 +107,35 @@ def prepared(method: Banded, p: Problem, device: torch.device) -> tuple[Layer, .
     """The layers on a device: a call takes one window, so that pieces are grouped by it."""
     made, rows = [], p.batch * p.q_heads * p.seq_len
     for pieces in layers(method, p):
+        placed = [
+            ((b * p.q_heads + x.head) * p.seq_len, x) for b in range(p.batch) for x in pieces
+        ]  # fmt: skip
         windows = {piece.window: None for piece in pieces}
-        calls = [_call([x for x in pieces if x.window == w], p, device) for w in windows]
-        queries = _idle([(x.q_starts, x.q_lengths) for x in calls], rows, device)
-        keys = _idle([(x.k_starts, x.k_lengths) for x in calls], rows, device)
+        calls = [_call([y for y in placed if y[1].window == w], rows, device) for w in windows]
+        queries = _idle([(first + x.q, x.queries) for first, x in placed], rows, device)
+        keys = _idle([(first + x.k, x.keys) for first, x in placed], rows, device)
         made.append(
             Layer(tuple(calls), queries, torch.cat((queries, keys + rows, keys + 2 * rows)))
         )
     return tuple(made)
 
 
-def _idle(spans: Sequence[tuple[Tensor, Tensor]], rows: int, device: torch.device) -> Tensor:
-    """Rows that no sequence has, from starts and lengths."""
+def _idle(taken: Sequence[tuple[int, int]], rows: int, device: torch.device) -> Tensor:
+    """Rows that no sequence has, from first rows and lengths."""
     free = torch.ones(rows, dtype=torch.bool)
-    for starts, lengths in spans:
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=False):
-            free[start : start + length] = False
+    for start, length in taken:
+        free[start : start + length] = False
     return free.nonzero().flatten().to(device)
 
 
-def _call(pieces: Sequence[Piece], p: Problem, device: torch.device) -> Spans:
-    """Pieces of one window, in every batch element, as rows of [B * Hq * N, 1, D]."""
-    everywhere = [(b * p.q_heads + x.head, x) for b in range(p.batch) for x in pieces]
+def _call(placed: Sequence[tuple[int, Piece]], rows: int, device: torch.device) -> Spans:
+    """Pieces of one window behind the first row of their head, as rows of [B * Hq * N, 1, D]."""
     return spans(
-        [head * p.seq_len + x.q for head, x in everywhere],
-        [x.queries for _, x in everywhere],
-        [head * p.seq_len + x.k for head, x in everywhere],
-        [x.keys for _, x in everywhere],
-        p.batch * p.q_heads * p.seq_len, pieces[0].window, device,
+        [first + x.q for first, x in placed],
+        [x.queries for _, x in placed],
+        [first + x.k for first, x in placed],
+        [x.keys for _, x in placed],
+        rows, placed[0][1].window, device,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from methods import METHODS, Method
+from methods import METHODS
 from methods.huggingface import register
 from tests.methods.models import KINDS, register_dense, run, small_model, token_ids
 
@@ -18,7 +18,7 @@ pytestmark = [
 DEVICE = torch.device("cuda:0")
 TOKENS = 600
 # Of one that hashes, a rounded query may have another mask than the exact one.
-NAMES = [name for name, method in METHODS.items() if type(method).prepare is Method.prepare]
+NAMES = [name for name, method in METHODS.items() if method.static]
 
 
 def model_of(kind, attention):

@@ -12,7 +12,7 @@ from methods import METHODS, Layout, Method, Problem, block_mask
 
 CPU = torch.device("cpu")
 # The presets whose mask does not follow from the inputs.
-STATIC = [name for name, method in METHODS.items() if type(method).prepare is Method.prepare]
+STATIC = [name for name, method in METHODS.items() if method.static]
 
 
 def dense_mask(method: Method, p: Problem, state: Any = None) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import (
     ViTConfig,
 )
 
-from methods import METHODS, Banded, Method, Problem, pinned
+from methods import METHODS, Banded, Problem, pinned
 from methods.huggingface import register
 from methods.reformer import Reformer
 from tests.methods.models import KINDS, register_dense, run, small_model, token_ids
@@ -24,7 +24,7 @@ CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 TOKENS = 530
 SPATTENTION = METHODS["spattention"]
 # One that makes its state from queries and keys needs a model that shares them.
-NAMES = [name for name, method in METHODS.items() if type(method).prepare is Method.prepare]
+NAMES = [name for name, method in METHODS.items() if method.static]
 
 
 @pytest.fixture(autouse=True)
@@ -253,9 +253,15 @@ def test_a_model_without_masks_sees_both_ways():
 # Said by torch at every break between graphs that a tensor with a gradient crosses.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_model_has_as_few_graphs_as_it_has_kinds_of_layers():
-    model = small_model("llama", "spattention", num_hidden_layers=12)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        torch.compile(model, backend="aot_eager")(token_ids(1, 50)).logits.sum().backward()
+    made = []
+    for layers in (2, 12):
+        torch.compiler.reset()
+        counters.clear()
+        model = small_model("llama", "spattention", num_hidden_layers=layers)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            torch.compile(model, backend="aot_eager")(token_ids(1, 50)).logits.sum().backward()
+        made.append(counters["stats"]["unique_graphs"])
+    assert 0 < made[0] == made[1]
 
 
 def test_a_model_that_sees_both_ways():

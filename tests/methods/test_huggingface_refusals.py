@@ -13,9 +13,12 @@ from transformers import (
 from methods import METHODS
 from methods.huggingface import register
 from tests.methods.models import VOCAB, small_model, token_ids
-from tests.methods.test_huggingface import SPATTENTION, double, presets
+from tests.methods.test_huggingface import SPATTENTION, double
 
-__all__ = ["presets"]  # a fixture of every test here
+
+@pytest.fixture(autouse=True)
+def presets():
+    register()
 
 
 def forward(model, tokens=64, **kwargs):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from methods import METHODS, Method, Problem, attend
+from methods import METHODS, Problem, attend
 from methods.bigbird import BigBird
 from methods.longformer import GlobalTokens, Longformer
 from methods.pinned import Pinned, Spans
@@ -15,7 +15,7 @@ from tests.methods.dense import CPU, assert_lists_equal, both_masks, dense_mask,
 
 # As the presets, with figures that bite within few tokens.
 SMALL = {
-    **{name: x for name, x in METHODS.items() if type(x).prepare is Method.prepare},
+    **{name: x for name, x in METHODS.items() if x.static},
     "sliding_window": replace(METHODS["sliding_window"], window=40),
     "longformer": Longformer(window=24, n_global=3),
     "longformer_dilated": Longformer(window=12, n_global=3, dilation=(1, 2, 1)),
