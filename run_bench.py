@@ -1,4 +1,4 @@
-"""The command line: python run_bench.py [sweep | train | plot | compare | paper | list] --help."""
+"""The command line: python run_bench.py [COMMAND] --help; without a command it sweeps."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from bench.backend_figures import draw_backends
 from bench.backends import BACKENDS
 from bench.compare import compare, sides
 from bench.paper_run import Paper, reproduce
+from bench.profile import Profile, profile
 from bench.record import read_rows
 from bench.specs import parameters_text
 from bench.sweep import Sweep, named_device, sweep
@@ -65,6 +66,7 @@ class List:
 Command = (
     Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Paper, tyro.conf.subcommand("paper")]
@@ -85,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return sweep(command, console)
             case Train():
                 return train(command, console)
+            case Profile():
+                return profile(command, console)
             case Plot():
                 return _plot(command, console)
             case Compare(csv, other, method, against, fail_slower):
@@ -107,7 +111,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _parse(arguments: Sequence[str]) -> Sweep | Train | Plot | Compare | Paper | List:
+def _parse(arguments: Sequence[str]) -> Sweep | Train | Profile | Plot | Compare | Paper | List:
     """tyro's answer, with its boxed complaint folded into one line.
 
     Raises:

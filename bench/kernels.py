@@ -23,6 +23,10 @@ IN_NAMES = (
     re.compile(r"_traits<\(?int\)?(?P<dim>\d+), (?:\(int\))?(?P<m>\d+), (?:\(int\))?(?P<n>\d+)"),
     re.compile(r"_traits<(?P<dim>\d+), (?P<m>\d+), (?P<n>\d+)"),
 )
+# flash-attn-4's kernels are named by their class and every argument; PyTorch's of one operation
+# each are templates, whose argument says which one.
+CUTE = re.compile(r"^kernel_cutlass_\w*?(Flash[A-Z]\w*?)_object_at_")
+INNER = re.compile(r"\w+Functor\w*|\w+_kernel_cuda\w*|\w+_kernel_impl\w*|\w+Op\b|\w+Ops\b")
 CONSTANT = re.compile(r"^\s*(BLOCK_[MN]\d?) : tl\.constexpr = (\d+)", re.MULTILINE)
 
 
@@ -59,7 +63,16 @@ def ran(call: Call, device: torch.device, modules: slice) -> Ran | None:
 
 def short(name: str) -> str:
     """A kernel's name without return type, template arguments and parameters."""
+    if cute := CUTE.search(name):
+        return cute[1]
     return re.split(r"[<(;]", name.removeprefix("void "))[0].strip()
+
+
+def described(name: str) -> str:
+    """A kernel's short name, and which of PyTorch's own it is where that has many uses."""
+    name_only = short(name)
+    inner = [x for x in INNER.findall(name[len(name_only) :]) if x not in name_only]
+    return f"{name_only} ({inner[0]})" if inner else name_only
 
 
 def tiles_of(name: str, sources: list[str]) -> str | None:

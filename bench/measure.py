@@ -90,7 +90,7 @@ def measure_group(
         announce: told of the cell that is about to run, so that a crash has a name.
     """
     device = torch.device(group.device)
-    bench = _Bench(group, device, clockwork)
+    bench = Bench(group, device, clockwork)
     ready, alone, rows = [], [], {}
     for cell in group.cells:
         announce(cell)
@@ -123,7 +123,7 @@ def measure_group(
 
 
 def _sample(
-    bench: _Bench, ready: list[Prepared], machine: Machine, announce: Callable[[Cell], None]
+    bench: Bench, ready: list[Prepared], machine: Machine, announce: Callable[[Cell], None]
 ) -> list[Cell]:
     """Samples what is ready; takes out, and returns, what finds no memory for it any more."""
     short: list[Cell] = []
@@ -147,7 +147,7 @@ def _sample(
     return short
 
 
-class _Bench:
+class Bench:
     """Inputs, references and gate of one group."""
 
     def __init__(self, group: Group, device: torch.device, clockwork: Clockwork) -> None:
@@ -325,7 +325,7 @@ class _Bench:
                 if out_of_memory(error):
                     raise
                 raise_if_lost(self.device)
-                sampler, clock = timing.kernels_sampler(calls[0], self.device), "kernels"
+                sampler, clock = timing.Span(calls[0], self.device), "kernels"
             prepared.samplers[phase, clock] = sampler
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
 

@@ -81,18 +81,6 @@ def _must_not_wait(call: Call) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def kernels_sampler(call: Call, device: torch.device) -> Sampler:
-    """Microseconds from the start of the call's first kernel to the end of its last, by CUPTI."""
-    flush = _flush(device)
-
-    def sample() -> float:
-        flush.fill_(1)
-        torch.cuda.synchronize(device)
-        return span_us(call, device)
-
-    return sample
-
-
 def span_us(call: Call, device: torch.device) -> float:
     """Microseconds from the start of a call's first kernel to the end of its last."""
     spans = [event.time_range for event in kernel_events(call, device)]
@@ -133,6 +121,28 @@ def use_side_stream(device: torch.device) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
+class Span:
+    """Microseconds from the start of a call's first kernel to the end of its last, by CUPTI."""
+
+    count = 1
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        self.call, self.device = call, device
+
+    def __call__(self) -> float:
+        self._prepare()
+        return span_us(self.call, self.device)
+
+    def events(self) -> list:
+        """What a call runs, as events of torch's profiler."""
+        self._prepare()
+        return kernel_events(self.call, self.device)
+
+    def _prepare(self) -> None:
+        _flush(self.device).fill_(1)
+        torch.cuda.synchronize(self.device)
+
+
 class Replay:
     """Microseconds a call, by replay of a graph of `count` calls that goes round those given.
 
@@ -158,6 +168,10 @@ class Replay:
         self.end.record()
         self.end.synchronize()
         return self.start.elapsed_time(self.end) * 1000 / self.count
+
+    def events(self) -> list:
+        """What `count` calls run, as events of torch's profiler."""
+        return kernel_events(self, self.device)
 
     def error(self) -> float:
         """How far the last call's results are from those of the same call outside the graph."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bench import sweep
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group
-from bench.measure import _Bench
+from bench.measure import Bench
 from methods import METHODS, Problem
 from methods.attend import attend, executor, plan
 from methods.longformer import Longformer
@@ -123,7 +123,7 @@ def test_what_flash_attn_4_does_not_take_is_unsupported(monkeypatch, error, stat
             BACKENDS[name], build=build, missing=lambda d: None, refuses=lambda *cell: None
         )
         monkeypatch.setitem(BACKENDS, name, backend)
-        bench = _Bench(group, CPU, sweep.Clockwork())
+        bench = Bench(group, CPU, sweep.Clockwork())
         refused = bench.prepare(Cell("standard", name)).refused["fwd"]
         assert refused[0] == status and str(error) in refused[1]
 

@@ -83,7 +83,7 @@ def test_what_needs_cupti_is_sampled_when_all_else_is_done():
         for clock in ("kernels", "host"):
             prepared.samplers["fwd", clock] = lambda clock=clock: order.append(clock) or 1.0
     bench = SimpleNamespace(group=GROUP, clockwork=Clockwork(), device=torch.device("cpu"))
-    measure._Bench.sample(bench, ready, lambda: None, lambda cell: None)
+    measure.Bench.sample(bench, ready, lambda: None, lambda cell: None)
     assert order == ["host"] * 6 + ["kernels"] * 6
     assert all(len(x.series["fwd", "kernels"].samples) == 3 for x in ready)
 
@@ -230,7 +230,7 @@ def test_what_does_not_fit_beside_the_others_runs_alone(monkeypatch):
 
 def test_what_runs_alone_finds_the_memory_of_the_others_free(monkeypatch):
     build, held, alive = BACKENDS["sdpa-flash"].build, [], []
-    add = measure._Bench._add_samplers
+    add = measure.Bench._add_samplers
 
     def remember(bench, prepared, *job):
         held.append(weakref.ref(prepared))
@@ -242,7 +242,7 @@ def test_what_runs_alone_finds_the_memory_of_the_others_free(monkeypatch):
             raise MemoryError("the others hold it")
         return build(*cell)
 
-    monkeypatch.setattr(measure._Bench, "_add_samplers", remember)
+    monkeypatch.setattr(measure.Bench, "_add_samplers", remember)
     monkeypatch.setitem(BACKENDS, "sdpa-flash", replace(BACKENDS["sdpa-flash"], build=crowded))
     run(replace(GROUP, phases=("fwd",)))
     assert alive == [2, 0]
