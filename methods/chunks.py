@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from methods.compiled import compiled_copy
 from methods.method import MaskMod, Method, Problem, ScoreMod
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 # Subtracted from a token's score with itself; next to any other score its exp is 0.
 PENALTY = 1e5
+KEYS = (torch.int16, torch.int32, torch.int64)  # to sort by; a pass each 8 bits
 
 Listings = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -41,7 +45,8 @@ class Chunks(Method):
     """Reformer over slots: what a kernel sees, of H R heads, or on a ring of R N slots.
 
     Which chunks are near each other is known without the data, and so are the block lists.
-    Inside blocks, causality, buckets and the penalty of a token with itself read the state.
+    Inside blocks, causality, buckets, what an earlier round lists and the penalty of a token
+    with itself read the state.
     """
 
     name: ClassVar[str] = "reformer_chunks"
@@ -74,7 +79,8 @@ class Chunks(Method):
             return near_chunks
         causal, within = p.causal, self.inner.within_buckets
         order, bucket = self.fold(state.order).int(), self.buckets(state) if within else None
-        ring = self.inner.ring
+        ring, rounds = self.inner.ring, self.inner.n_rounds
+        earlier = self.inner.listed_before(p, state) if self._once else None
 
         def mask(b: Tensor, h: Tensor, s: Tensor, t: Tensor) -> Tensor:
             allowed = near(s // chunk - t // chunk)
@@ -86,6 +92,8 @@ class Chunks(Method):
                 allowed = allowed & ((i != j) | (s == t))
             if within:
                 allowed = allowed & (bucket[b, h, t] == bucket[b, h, s])
+            if earlier is not None:
+                allowed = allowed & ~earlier(b, h // rounds, i, j, h % rounds)
             return allowed
 
         return mask
@@ -95,17 +103,10 @@ class Chunks(Method):
     ) -> ScoreMod | None:
         if state is None:
             return None
-        order, rounds = self.fold(state.order).int(), self.inner.n_rounds
-        once = not self.inner.ring and rounds > 1
-        listings = self.inner.listings(p, state) if once else None
+        order = self.fold(state.order).int()
 
         def bias(score: Tensor, b: Tensor, h: Tensor, s: Tensor, t: Tensor) -> Tensor:
-            i, j = order[b, h, s], order[b, h, t]
-            score = torch.where(i == j, score - PENALTY, score)
-            if listings is None:
-                return score
-            # Outside the mask nothing may be listed; the score there must stay finite.
-            return score - listings(b, h // rounds, i, j).clamp(min=1).to(score.dtype).log()
+            return torch.where(order[b, h, s] == order[b, h, t], score - PENALTY, score)
 
         return bias
 
@@ -122,45 +123,81 @@ class Chunks(Method):
             every = every | ((low >= first) & (high <= last))
         return some, every & (not self._reads_data(p))
 
+    @property
+    def _once(self) -> bool:
+        """Whether a pair that several rounds list takes part in the first of them alone."""
+        return not self.inner.ring and self.inner.n_rounds > 1
+
     def _reads_data(self, p: Problem) -> bool:
-        return p.causal or self.inner.within_buckets
+        return p.causal or self.inner.within_buckets or self._once
 
 
-class _Reorder(torch.autograd.Function):
-    """x [B, H, R or 1, N, D] by index [B, H, R, N]; its gradient is sorted back, not added up."""
+class _Sort(torch.autograd.Function):
+    """Tensors [B, H, N, D] by index [B, H, R, N]; gradients are gathered back, not added up."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, index: Tensor, inverse: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(inverse)
-        ctx.shared = x.shape[2] == 1
-        return _take(x, index)
+        return fused(_spread, index, *tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad = _take(grad, *ctx.saved_tensors)
-        several = ctx.shared and grad.shape[2] > 1
-        return grad.sum(2, keepdim=True) if several else grad, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *fused(_gathered, *ctx.saved_tensors, *grads)
 
 
-def stable_order(buckets: Tensor, together: bool) -> Tensor:
+class _Merge(torch.autograd.Function):
+    """Rounds in the order of their slots into one softmax, in token order."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor, order: Tensor, slot: Tensor) -> Tensor:
+        merged, weights = fused(_merged, out, lse, slot)
+        ctx.save_for_backward(out, order, merged, weights)
+        return merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *fused(_unmerged, grad, *ctx.saved_tensors), None, None
+
+
+def fused(function: Callable, *given: Any) -> Any:
+    """function(*given); on a GPU compiled, so that no step between two gathers is written out."""
+    if not given[0].is_cuda or torch.compiler.is_compiling():
+        return function(*given)
+    kinds = ((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given)
+    return _compiled(function, tuple(kinds))(*given)
+
+
+@lru_cache(maxsize=256)
+def _compiled(function: types.FunctionType, kinds: tuple) -> Callable:
+    return compiled_copy(function)
+
+
+def stable_order(buckets: Tensor, together: bool, count: int | None = None) -> Tensor:
     """The indices that sort buckets [..., N] along the last dimension, int64, stably.
 
     Args:
         together: all lines in one sort. On a GPU many short ones take a multiple of its time; on
             a CPU they take less, and run side by side.
+        count: buckets are 0 to count - 1, so that few bytes of a key are sorted by; None for any
+            of 32 bits.
     """
     if not together:
         return buckets.argsort(dim=-1, stable=True)
     lines = buckets.flatten(0, -2)
     line = torch.arange(len(lines), device=buckets.device)[:, None]
-    order = ((line << 32) + lines).flatten().argsort(stable=True).view_as(lines)
+    keys = line * (count or 1 << 32) + lines
+    if count:
+        most = count * len(lines)
+        keys = keys.to(next(x for x in KEYS if most <= torch.iinfo(x).max))
+    order = keys.flatten().argsort(stable=True).view_as(lines)
     return (order - line * lines.shape[1]).view_as(buckets)
 
 
-def sort(x: Tensor, state: Rounds) -> Tensor:
+def sort(state: Rounds, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tokens [B, H, N, D] in the order of each round, [B, H, R, N, D]."""
-    return _Reorder.apply(x.unsqueeze(2), state.order, state.slot)
+    return _Sort.apply(state.order, state.slot, *tensors)
 
 
 def merge(out: Tensor, lse: Tensor | None, state: Rounds) -> Tensor:
@@ -170,14 +207,39 @@ def merge(out: Tensor, lse: Tensor | None, state: Rounds) -> Tensor:
         out: [B, heads, slots, D] in the order of the kernel.
         lse: [B, heads, slots]; None where there is one round.
     """
-    out = _Reorder.apply(out.reshape(*state.slot.shape, -1), state.slot, state.order)
     if lse is None:
-        return out.squeeze(2)
-    lse = _Reorder.apply(lse.reshape(*state.slot.shape, 1), state.slot, state.order)
-    return (lse.softmax(2) * out).sum(2).to(out.dtype)
+        return _Sort.apply(state.slot, state.order, out)[0].squeeze(2)
+    out = out.reshape(*state.slot.shape, -1)
+    return _Merge.apply(out, lse.reshape(state.slot.shape), state.order, state.slot)
+
+
+def _spread(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_take(x.unsqueeze(2), index) for x in tensors)
+
+
+def _gathered(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_take(x, index).sum(2) for x in tensors)
+
+
+def _merged(out: Tensor, lse: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, N, D] of out [B, H, R, N, D], and the rounds' weights [B, H, R, N]; of tokens."""
+    weights = lse.gather(3, slot).softmax(2)  # a round without keys has -inf; all never have
+    return (weights.unsqueeze(-1) * _take(out, slot)).sum(2).to(out.dtype), weights
+
+
+def _unmerged(
+    grad: Tensor, out: Tensor, order: Tensor, merged: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a merge's out and lse, in slots."""
+    inner = (grad.to(weights.dtype) * merged).sum(-1)
+    inner = inner.unsqueeze(2).expand_as(order).gather(3, order)
+    weights, grad = weights.gather(3, order), _take(grad.unsqueeze(2), order)
+    share = (grad.to(weights.dtype) * out).sum(-1)
+    return (weights.unsqueeze(-1) * grad).to(out.dtype), weights * (share - inner)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x [B, H, R or 1, N, D] by index [B, H, R, N]."""
     batch, heads, rounds, n = x.shape[:4]
     start = torch.arange(batch * heads * rounds, device=x.device).view(batch, heads, rounds, 1) * n
     rows = x.reshape(batch * heads * rounds * n, -1)

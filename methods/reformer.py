@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from methods.chunks import PENALTY, Chunks, Listings, Rounds, merge, sort, stable_order
+from methods.chunks import PENALTY, Chunks, Listings, Rounds, fused, merge, sort, stable_order
+from methods.hashing import draw, nearest, rotated
 from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, ScoreMod, static_parts
 
 MODES = ("exact", "transformers", "reformer_pytorch")
@@ -31,8 +32,8 @@ class Reformer(Method):
     Queries and keys are one tensor x; a score is x_i . x_j / |x_j| / sqrt(D). Each of n_rounds
     rounds hashes every token by random rotations, sorts by (bucket, position) and cuts the order
     into chunks. A query's candidates are its own chunk and the one before. Exact mode is one
-    softmax over the union of all rounds' candidates, as in the paper: each round subtracts
-    log N_ij, the number of rounds in which i lists j, and rounds are merged by their log-sum-exp.
+    softmax over the union of all rounds' candidates, as in the paper: a pair takes part in the
+    first round that lists it, and rounds are merged by their log-sum-exp.
     A token's score with itself is lowered by 1e5, so that it counts where nothing else does.
 
     Under causality j <= i in the text. Values obey it; but where chunks begin depends on all
@@ -142,21 +143,11 @@ class Reformer(Method):
         Args:
             q: [B, H, N, D].
         """
-        buckets, counted = 0, 1
-        for part, size in self._rotated(q.float(), p):
-            # The largest of the part and of its negative, without a copy of both.
-            high, low = part.max(-1), part.min(-1)
-            nearest = torch.where(high[0] >= -low[0], high[1], low[1] + size // 2)
-            buckets = buckets + counted * nearest
-            counted *= size
-        return buckets
+        return fused(nearest, q, self._drawn(q, p), self.rotations(p))
 
-    def _rotated(self, q: Tensor, p: Problem) -> Iterator[tuple[Tensor, int]]:
-        """q by each rotation, [B, H, R, N, buckets / 2] in its dtype, and its buckets."""
-        sizes = self.rotations(p)
-        drawn = _draw(p.q_heads, p.head_dim, self.n_rounds, sum(sizes) // 2, self.seed, q.device)
-        rotated = torch.einsum("bhnd,hdrx->bhrnx", q, drawn.to(q.dtype))
-        return zip(rotated.split([x // 2 for x in sizes], -1), sizes, strict=True)
+    def _drawn(self, q: Tensor, p: Problem) -> Tensor:
+        columns = sum(self.rotations(p)) // 2
+        return draw(p.q_heads, p.head_dim, self.n_rounds, columns, self.seed, q.device)
 
     def rounds(self, buckets: Tensor, p: Problem) -> Rounds:
         """State of a call with these buckets.
@@ -175,18 +166,23 @@ class Reformer(Method):
             )
         if buckets.is_floating_point() or buckets.is_complex() or buckets.dtype == torch.bool:
             raise ValueError(f"reformer: buckets are {buckets.dtype}; they must be integers")
-        order = stable_order(buckets, together=buckets.is_cuda)
-        slots = torch.arange(p.seq_len, device=buckets.device).expand(wanted)
+        return self._rounds(buckets, p, None)
+
+    def _rounds(self, buckets: Tensor, p: Problem, count: int | None) -> Rounds:
+        """As `rounds`, of sound buckets; below `count` where that is known."""
+        order = stable_order(buckets, together=buckets.is_cuda, count=count)
+        slots = torch.arange(p.seq_len, device=buckets.device).expand_as(order)
         return Rounds(buckets.long(), order, torch.empty_like(order).scatter_(-1, order, slots))
 
     def prepare(self, q: Tensor, k: Tensor, p: Problem) -> Rounds:
-        return self.rounds(self.hash(q, p), p)
+        return self._rounds(self.hash(q, p), p, math.prod(self.rotations(p)))
 
     def state_fault(self, q: Tensor, k: Tensor, p: Problem, state: Rounds) -> str | None:
         """As `Method.state_fault`: some tokens' buckets in float64, and every line's order."""
         some = torch.arange(0, p.seq_len, max(1, p.seq_len // TOKENS_LOOKED_AT), device=q.device)
         buckets, counted = 0, 1
-        for part, size in self._rotated(q.detach()[:, :, some].double(), p):
+        sizes, wide = self.rotations(p), q.detach()[:, :, some].double()
+        for part, size in rotated(wide, self._drawn(q, p), sizes):
             buckets = buckets + counted * torch.cat((part, -part), -1).argmax(-1)
             counted *= size
         other = float((buckets != state.buckets[..., some]).double().mean())
@@ -200,11 +196,7 @@ class Reformer(Method):
         return None
 
     def keys(self, k: Tensor) -> Tensor:
-        wide = k.to(torch.promote_types(k.dtype, torch.float32))
-        if self.mode == "transformers":
-            # Of length sqrt(D), which undoes the division of the score.
-            return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(k.dtype)
-        return F.normalize(wide, dim=-1).to(k.dtype)
+        return fused(_of_length_root_d if self.mode == "transformers" else _of_length_1, k)
 
     def spans(self, slots: int) -> list[tuple[int, int]]:
         """First and last difference, chunk of the query less chunk of the key, of candidates."""
@@ -229,11 +221,7 @@ class Reformer(Method):
 
     def listings(self, p: Problem, state: Rounds) -> Listings:
         """A closure (b, h, i, j) -> N_ij: how often token i lists token j, causal or not."""
-        chunks = p.seq_len // self.chunk if self.ring else 0
-        number = torch.arange(self.n_rounds, device=state.slot.device)[:, None]
-        # On a ring the chunks of all rounds are numbered on.
-        places = _each((state.slot // self.chunk + number * chunks).int())
-        buckets = _each(state.buckets.int()) if self.within_buckets else None
+        places, buckets = self._places(p, state)
         near = self.near(p.seq_len * self.n_rounds)
         rounds, across = range(self.n_rounds), self.ring and not self.within_buckets
         pairs = [(x, y) for x in rounds for y in rounds if x == y or across]
@@ -248,6 +236,32 @@ class Reformer(Method):
             return total
 
         return count
+
+    def listed_before(self, p: Problem, state: Rounds) -> Callable[..., Tensor]:
+        """A closure (b, h, i, j, r) -> whether a round before r lists token j for i; no ring."""
+        places, buckets = self._places(p, state)
+        near = self.near(p.seq_len)
+
+        def before(b: Tensor, h: Tensor, i: Tensor, j: Tensor, r: Tensor) -> Tensor:
+            found = False
+            for own in range(self.n_rounds - 1):
+                listed = near(places[own][b, h, i] - places[own][b, h, j]) & (own < r)
+                if buckets is not None:
+                    listed = listed & (buckets[own][b, h, i] == buckets[own][b, h, j])
+                found = found | listed
+            return found
+
+        return before
+
+    def _places(
+        self, p: Problem, state: Rounds
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """Each round's chunk of every token, and its bucket where that counts, [B, H, N]."""
+        # On a ring the chunks of all rounds are numbered on.
+        chunks = state.slot.shape[-1] // self.chunk if self.ring else 0
+        number = torch.arange(self.n_rounds, device=state.slot.device)[:, None]
+        places = _each((state.slot // self.chunk + number * chunks).int())
+        return places, _each(state.buckets.int()) if self.within_buckets else None
 
     def mask_mod(self, p: Problem, device: torch.device, state: Rounds | None = None) -> MaskMod:
         """The union of all rounds' candidates, in token order.
@@ -328,7 +342,7 @@ class Reformer(Method):
         slots = chunks.problem(p)
         mask = copy.copy(static_parts(chunks, slots, q.device, block_size)[0])
         mask.mask_mod = chunks.mask_mod(slots, q.device, state)
-        q, k, v = (chunks.fold(sort(x, state)) for x in (q, self.keys(k), v))
+        q, k, v = map(chunks.fold, sort(state, q, self.keys(k), v))
         return Layout(
             q, k, v, mask, chunks.score_mod(slots, q.device, state),
             restore=lambda out, lse: merge(out, lse, state), needs_lse=self.needs_lse,
@@ -343,6 +357,16 @@ class Reformer(Method):
         return chunks.blocks(chunks.problem(p), device, block_size)
 
 
+def _of_length_1(x: Tensor) -> Tensor:
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
+
+
+def _of_length_root_d(x: Tensor) -> Tensor:
+    """As transformers does it, which undoes the division of the score by sqrt(D)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+
+
 def _given(state: Rounds | None) -> Rounds:
     if not isinstance(state, Rounds):
         raise ValueError("reformer: its mask follows from the inputs; give state=prepare(q, k, p)")
@@ -352,12 +376,3 @@ def _given(state: Rounds | None) -> Rounds:
 def _each(x: Tensor) -> tuple[Tensor, ...]:
     """[B, H, R, N] -> [B, H, N] of each round, for a closure that kernels inline."""
     return x.movedim(2, 0).contiguous().unbind()
-
-
-@lru_cache(maxsize=256)  # a seed for each layer of a deep model
-def _draw(
-    heads: int, dim: int, rounds: int, columns: int, seed: int, device: torch.device
-) -> Tensor:
-    """Random rotations, float32 [H, D, R, columns]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(heads, dim, rounds, columns, generator=generator).to(device)

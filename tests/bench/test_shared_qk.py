@@ -22,7 +22,8 @@ from bench.record import PHASES, environment
 from methods import Layout, Problem
 from methods.blockwise import blockwise
 from methods.chunks import merge
-from methods.reformer import Reformer, _draw
+from methods.hashing import draw
+from methods.reformer import Reformer
 
 METHOD = Reformer(chunk=64, n_rounds=4)
 P = Problem(seq_len=512, q_heads=4, head_dim=32, dtype="float32")
@@ -131,7 +132,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
     "too small a penalty": lambda m: m.setattr(chunks_module, "PENALTY", 2.0),
     "look-back dropped": lambda m: no_look_back,
     "duplicates counted": lambda m: m.setattr(
-        Reformer, "listings", lambda *_: lambda b, h, i, j: torch.ones_like(i + j)
+        Reformer, "listed_before", lambda *_: lambda b, h, i, j, r: torch.zeros_like(i == j)
     ),
     "keys not normalised": lambda m: with_keys(lambda k: k, m),
     "norm detached": lambda m: with_keys(lambda k: k / k.detach().norm(dim=-1, keepdim=True), m),
@@ -139,7 +140,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
         lambda k: F.normalize(k.detach(), dim=-1) + 0 * k, m
     ),
     "other buckets": lambda m: m.setattr(
-        reformer_module, "_draw", lambda *sizes: _draw(*sizes).flip(0)
+        reformer_module, "draw", lambda *sizes: draw(*sizes).flip(0)
     ),
     "wrong way back": lambda m: m.setattr(
         reformer_module, "merge", lambda out, lse, state: merge(out, lse, state).roll(1, 2)
