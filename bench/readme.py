@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import report
-from bench.derived import BASELINE, boards, in_order
+from bench import report, train_report
+from bench.derived import BASELINE, Board, Cell, boards, in_order
 from bench.record import ROOT, Row, read_rows
+from bench.step_attention import IDENTITY
 from methods import METHODS
 
 README = ROOT / "README.md"
+RESULTS = ROOT / "results"
 
 
 def sections() -> dict[str, Callable[[], str]]:
-    """What stands between each pair of marks of the README."""
-    return {
+    """What stands between each pair of marks of the README, by the results that there are."""
+    found = {
         "gpu": lambda: report.headline_markdown(
             _rows("h200/lengths"), backend="flex", clock="device", q_heads=8, head_dim=128
         ),
@@ -32,6 +35,11 @@ def sections() -> dict[str, Callable[[], str]]:
         "proofs": _proofs,
         "methods": _methods,
     }
+    if references := _measured("h200/references*"):
+        found["references"] = lambda: _references(references)
+    if steps := [row for row in _measured("h200/train*") if row.model == "table2"]:
+        found["train"] = lambda: _train(steps)
+    return found
 
 
 def render(text: str) -> str:
@@ -42,12 +50,19 @@ def render(text: str) -> str:
 
 
 def _rows(name: str) -> list[Row]:
-    return read_rows(ROOT / "results" / f"{name}.csv")
+    return read_rows(RESULTS / f"{name}.csv")
+
+
+def _measured(pattern: str) -> list[Row]:
+    """Rows of all results files of a pattern, in the order in which they were measured."""
+    paths = [path for path in RESULTS.glob(f"{pattern}.csv") if not path.stem.endswith(".time")]
+    rows = [row for path in sorted(paths) for row in read_rows(path)]
+    return sorted(rows, key=lambda row: row.time_utc)
 
 
 def _records(name: str) -> list[dict[str, str]]:
     """Lines of a table that is no sweep's."""
-    with (ROOT / "results" / f"{name}.csv").open(newline="") as file:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -168,9 +183,102 @@ def _stand_ins(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _references(rows: list[Row]) -> str:
+    """Each method on `flex` over its reference implementations, forward + backward."""
+    rows = [row for row in rows if row.phase == "fwd_bwd"]
+    titles = {report.problem_title(row, without=["seq_len", "dtype"]) for row in rows}
+    if len(titles) > 1:
+        raise ValueError(f"the rows differ in more than N and dtype: {'; '.join(sorted(titles))}")
+    found = {(b.head.dtype, b.head.seq_len, b.head.clock): b for b in boards(rows)}
+    lengths = sorted({row.seq_len for row in rows})
+    lines = [
+        f"| method | reference | dtype | {' | '.join(f'N = {n}' for n in lengths)} |",
+        f"| --- | --- | --- |{' ---: |' * len(lengths)}",
+    ]
+    rivals = dict.fromkeys(
+        (Cell(row.method, row.params, row.backend), row.dtype)
+        for row in rows
+        if row.backend != "flex" and row.status != "unsupported"
+    )
+    methods = in_order(row.method for row in rows)
+    for rival, dtype in sorted(rivals, key=lambda pair: methods.index(pair[0].method)):
+        mode = re.search(r"mode='\w+'", rival.params or "")
+        label = f"{rival.method}:{mode[0]}" if mode else rival.method
+        cells = [
+            _over_reference(found.get((dtype, n, "device")), found.get((dtype, n, "host")), rival)
+            for n in lengths
+        ]
+        lines.append(f"| `{label}` | {rival.backend} | {dtype} | {' | '.join(cells)} |")
+    caption = (
+        "Times as fast as the reference (reference : ours on `flex`), forward + backward, by the "
+        "device clock, or by the host clock where it says so."
+    )
+    return "\n".join([*lines, "", f"{caption} {'; '.join(titles)}."])
+
+
+def _over_reference(device: Board | None, host: Board | None, rival: Cell) -> str:
+    """Speed-up by the first clock that has both; else the reference's status, and ours if bad."""
+    ours = rival._replace(backend="flex")
+    for board, mark in ((device, ""), (host, ", host")):
+        times = [board.us(cell, "fwd_bwd") for cell in (rival, ours)] if board else []
+        if times and all(times):
+            return f"{times[0] / times[1]:.2f}x ({_ms(times[0])} : {_ms(times[1])}{mark})"
+    rows = [host and host.row(cell, "fwd_bwd") for cell in (rival, ours)]
+    theirs, own = (row.status if row else report.NOTHING for row in rows)
+    return theirs if own == "ok" or theirs == report.NOTHING else f"{theirs} : {own}"
+
+
+def _ms(us: float) -> str:
+    """Milliseconds with two digits, or more before the point."""
+    digits = max(0, 1 - math.floor(math.log10(us / 1000)))
+    return f"{us / 1000:.{digits}f} ms"
+
+
+def _train(rows: list[Row]) -> str:
+    """Tokens/s of training, and in brackets over the fastest dense step of the same column."""
+    found = train_report.trainings(rows)
+    found.sort(key=lambda x: (x.head.world_size, x.head.data != "random", x.head.seq_len))
+    heads = [_training_head(training.head) for training in found]
+    if len(set(heads)) < len(heads):
+        raise ValueError(f"two trainings have one column: {'; '.join(heads)}")
+    lines = [
+        f"| method | backend | {' | '.join(heads)} |",
+        f"| --- | --- |{' ---: |' * len(heads)}",
+    ]
+    cells = list(dict.fromkeys(cell for training in found for cell in training.cells))
+    methods = in_order(cell.method for cell in cells)
+    cells.sort(key=lambda cell: (cell.method == IDENTITY.name, methods.index(cell.method)))
+    for cell, label in zip(cells, report.labels(cells), strict=True):
+        texts = [_training_cell(training, cell) for training in found]
+        lines.append(f"| `{label}` | {cell.backend} | {' | '.join(texts)} |")
+    titles = dict.fromkeys(train_report.title(x.head, length=False) for x in found)
+    caption = (
+        f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend. "
+        f"`{IDENTITY.name}` is q + k + v in place of attention."
+    )
+    return "\n".join([*lines, "", f"{caption} {'; '.join(titles)}."])
+
+
+def _training_head(row: Row) -> str:
+    processes = f"{row.world_size} processes" if row.world_size > 1 else ""
+    text = row.data if row.data != "random" else ""
+    return ", ".join(filter(None, (f"N = {row.seq_len}", processes, text)))
+
+
+def _training_cell(training: train_report.Training, cell: Cell) -> str:
+    row = training.rows.get(cell)
+    rate = row and train_report.tokens_per_s(row)
+    if not rate:
+        return row.status if row else report.NOTHING
+    gain = training.speedup(cell)
+    return report.quantity(rate.y) + (f" ({gain.y:.2f}x)" if gain else "")
+
+
 def _proofs() -> str:
     """What the suite's own claims rest on: one line a proof, from its committed table."""
-    proofs = [*_verdict_proofs(), *_clock_proofs(), *_sweep_proofs(), *_cost_proofs()]
+    proofs = [
+        *_verdict_proofs(), *_clock_proofs(), *_kill_proofs(), *_sweep_proofs(), *_cost_proofs()
+    ]  # fmt: skip
     lines = ["| what | measured | made by |", "| --- | --- | --- |"]
     return "\n".join(lines + [f"| {what} | {found} | {by} |" for what, found, by in proofs])
 
@@ -201,14 +309,21 @@ def _clock_proofs() -> Iterator[tuple[str, str, str]]:
         )
 
 
+def _kill_proofs() -> Iterator[tuple[str, str, str]]:
+    places = {"cpu": "CPU"}
+    if (RESULTS / "h200" / "kills.csv").exists():
+        places["h200"] = "on the GPU"
+    for folder, place in places.items():
+        kills = [x for x in _records(f"{folder}/kills") if not x["note"].startswith("skipped")]
+        whole = sum(x["passed"] == "True" for x in kills)
+        yield (
+            f"sweeps killed, starved or damaged, then resumed ({place})",
+            f"{whole} of {len(kills)} ended with every row once",
+            "`make kills`",
+        )
+
+
 def _sweep_proofs() -> Iterator[tuple[str, str, str]]:
-    kills = [x for x in _records("cpu/kills") if not x["note"].startswith("skipped")]
-    whole = sum(x["passed"] == "True" for x in kills)
-    yield (
-        "sweeps killed, starved or damaged, then resumed (CPU)",
-        (f"{whole} of {len(kills)} ended with every row once"),
-        "`make kills`",
-    )
     for name in ("heads", "backends"):
         spent = {x["spent_on"]: float(x["seconds"]) for x in _records(f"h200/{name}.time")}
         parts = sorted(spent.items(), key=lambda item: -item[1])

@@ -151,7 +151,7 @@ def _table(board: Board, columns: Sequence[Column]) -> Table:
         table.add_column(column.header, justify="right", no_wrap=True)
     sizes = Counter(cell.backend for cell in board.cells)
     following = [*board.cells[1:], board.cells[-1]]
-    for index, (cell, label) in enumerate(zip(board.cells, _labels(board.cells), strict=True)):
+    for index, (cell, label) in enumerate(zip(board.cells, labels(board.cells), strict=True)):
         texts = [_styled(column.texts[index]) for column in columns]
         after = following[index].backend
         apart = cell.backend != after and max(sizes[cell.backend], sizes[after]) > 1
@@ -159,7 +159,7 @@ def _table(board: Board, columns: Sequence[Column]) -> Table:
     return table
 
 
-def _labels(cells: Sequence[Cell]) -> list[str]:
+def labels(cells: Sequence[Cell]) -> list[str]:
     """Names alone where a method has one set of parameters (a note gives them), else both."""
     variants = defaultdict(set)
     for cell in cells:
@@ -208,8 +208,8 @@ def _styled(text: str) -> Text:
 def _notes(board: Board) -> Iterator[Text]:
     """Below the table: parameters, why cells have no figures, and what cannot be right."""
     known = {cell.method: cell for cell in board.cells if cell.params}
-    labels = set(_labels(board.cells))
-    if named := [f"{name} {cell.params}" for name, cell in known.items() if name in labels]:
+    plain = set(labels(board.cells))
+    if named := [f"{name} {cell.params}" for name, cell in known.items() if name in plain]:
         yield Text("parameters: " + "; ".join(named).replace(",", ", "), style="dim")
     yield from _prepared(board)
     yield from _reasons(board)
@@ -236,14 +236,14 @@ def _reasons(board: Board) -> Iterator[Text]:
         phases = ", ".join(dict.fromkeys(name for _, name in found))
         cells = list(dict.fromkeys(cell for cell, _ in found))
         everywhere = len(cells) > 1 and cells == [c for c in board.cells if c.backend == backend]
-        methods = "all methods" if everywhere else ", ".join(_labels(cells))
+        methods = "all methods" if everywhere else ", ".join(labels(cells))
         yield _styled(status).append(f": {methods} on {backend} ({phases}): {reason}")
 
 
 def _too_good(board: Board) -> Iterator[Text]:
     """One warning a backend whose methods beat their ideal, with what to do about it."""
     found = defaultdict(list)
-    for cell, label in zip(board.cells, _labels(board.cells), strict=True):
+    for cell, label in zip(board.cells, labels(board.cells), strict=True):
         for phase in ("fwd", "fwd_bwd"):
             efficiency = board.efficiency(cell, phase)
             if efficiency and round(efficiency.value, 2) > 1:
@@ -355,7 +355,7 @@ def _headline_lines(found: Sequence[Board], backend: str) -> Iterator[str]:
     cells = list(dict.fromkeys(c for board in found for c in board.cells if c.backend == backend))
     methods = in_order(cell.method for cell in cells)
     cells.sort(key=lambda cell: methods.index(cell.method))
-    for cell, label in zip(cells, _labels(cells), strict=True):
+    for cell, label in zip(cells, labels(cells), strict=True):
         yield _line([f"`{label}`", *(_headline_cell(board, cell) for board in found)])
     dense = [board.fastest_dense("fwd_bwd") for board in found]
     if any(cell is not None and cell.backend != backend for cell in dense):

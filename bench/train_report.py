@@ -170,7 +170,7 @@ def print_training(rows: Sequence[Row], console: Console) -> None:
 
 def _table(training: Training, rows: Sequence[Row]) -> Table:
     head = training.head
-    table = Table(title=_title(head), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title(head), title_justify="left", box=box.SIMPLE_HEAD)
     lines = [_line(training, cell, rows) for cell in training.cells]
     for place, (name, justify) in enumerate(TABLE.items()):
         if any(line[place] != NOTHING for line in lines):
@@ -209,7 +209,8 @@ def _loss(row: Row) -> str:
     return row.losses.rpartition(";")[2] if row.losses else NOTHING
 
 
-def _title(row: Row, length: bool = True) -> str:
+def title(row: Row, length: bool = True) -> str:
+    """What trains, and how; without N where a figure or a table has that on an axis."""
     tokens = row.world_size * row.batch * row.seq_len
     processes = f" · {row.world_size} processes" if row.world_size > 1 else ""
     n = f" · N {row.seq_len}" if length else ""
@@ -290,9 +291,7 @@ def _losses(training: Training, looks: dict[str, Style]) -> Figure:
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("loss", fontsize=9)
     axes.grid(True, color="#dddddd", linewidth=0.6)
-    figure.suptitle(
-        f"{_title(training.head)}\n{training.head.data}", fontsize=9, x=0.02, ha="left"
-    )
+    figure.suptitle(f"{title(training.head)}\n{training.head.data}", fontsize=9, x=0.02, ha="left")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
@@ -307,7 +306,7 @@ def _figure(found: Sequence[Training], label: str) -> tuple:
     axes.set_ylabel(label, fontsize=9)
     axes.set_xlabel("sequence length N (k = 1024)", fontsize=9)
     doubling_axis(axes, [training.head.seq_len for training in found])
-    figure.suptitle(_title(found[0].head, length=False), fontsize=9, x=0.02, ha="left")
+    figure.suptitle(title(found[0].head, length=False), fontsize=9, x=0.02, ha="left")
     return figure, axes
 
 

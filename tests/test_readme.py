@@ -7,7 +7,7 @@ import torch
 
 from bench.cells import Cell, Group
 from bench.measure import Clockwork, Machine, measure_group
-from bench.readme import README, render
+from bench.readme import README, render, sections
 from bench.record import ROOT, environment
 from bench.specs import parse_method
 from methods import Problem
@@ -16,6 +16,7 @@ from methods import Problem
 def test_every_figure_is_that_of_a_committed_csv():
     text = README.read_text()
     assert render(text) == text
+    assert set(re.findall(r"<!-- begin (.*?) -->", text)) == set(sections())
 
 
 def test_every_picture_and_file_that_it_names_exists():

@@ -1,0 +1,216 @@
+"""Tables of the README that wait for results of a GPU, from rows with made-up figures."""
+
+import csv
+import shutil
+
+import pytest
+
+from bench import readme
+from bench.readme import _kill_proofs, _proofs, _references, _train, sections
+from bench.record import ROOT, Store
+from tests.bench.rows import make_row
+
+LSH = "chunk=128,n_rounds=4,mode='transformers',before=1"
+
+
+def both_clocks(device_us, host_us, seq_len=4096, clocks=("device", "host"), **changes):
+    """Rows of a call as a sweep on a GPU writes them, forward too."""
+    cell = {"seq_len": seq_len, "causal": False, "dtype": "float32"} | changes
+    for clock, us in zip(clocks, (device_us, host_us), strict=True):
+        yield make_row(clock=clock, median_us=us, **cell)
+        yield make_row(clock=clock, median_us=us and us / 3, **cell | {"phase": "fwd"})
+
+
+def failed(status, **changes):
+    return both_clocks(None, None, status=status, **changes)
+
+
+def table(markdown):
+    """Cells by line and column, and what is below the table."""
+    lines, _, below = markdown.partition("\n\n")
+    heads, _, *rest = (
+        [x.strip() for x in line.strip("|").split("|")] for line in lines.split("\n")
+    )
+    names = [name for name in heads if not name.startswith("N = ")]
+    assert all(len(line) == len(heads) for line in rest)
+    found = {tuple(line[: len(names)]): dict(zip(heads, line, strict=True)) for line in rest}
+    assert len(found) == len(rest)
+    return found, below
+
+
+def references(*cells):
+    return table(_references([row for cell in cells for row in cell]))
+
+
+def window(backend, *times, **changes):
+    return both_clocks(*times, method="sliding_window", backend=backend, **changes)
+
+
+def test_a_reference_is_over_ours_by_the_clock_that_both_have():
+    lsh = {"method": "reformer", "params": LSH}
+    found, below = references(
+        both_clocks(4000, 9000, backend="flex", **lsh),
+        both_clocks(99, 36000, clocks=("kernels", "host"), backend="hf", **lsh),
+        window("flex", 2080, 5000), window("xformers", 6280, 7000),
+        window("flex", 310, 5000, seq_len=16384), window("xformers", 125_000, 7000, seq_len=16384),
+        window("flex", 50, 80, dtype="bfloat16"), window("xformers", 100, 80, dtype="bfloat16"),
+    )  # fmt: skip
+    assert list(found) == [
+        ("`sliding_window`", "xformers", "float32"),
+        ("`sliding_window`", "xformers", "bfloat16"),
+        ("`reformer:mode='transformers'`", "hf", "float32"),
+    ]
+    first, second, third = found.values()
+    assert first["N = 4096"] == "3.02x (6.3 ms : 2.1 ms)"
+    assert first["N = 16384"] == "403.23x (125 ms : 0.31 ms)"
+    assert (second["N = 4096"], second["N = 16384"]) == ("2.00x (0.10 ms : 0.050 ms)", "-")
+    assert third["N = 4096"] == "4.00x (36 ms : 9.0 ms, host)"
+    assert below.endswith(
+        "batch 1 · 8 heads · head_dim 128 · not causal · blocks 128x128 · Chip X."
+    )
+
+
+def test_no_number_is_a_status_and_what_is_never_supported_is_no_line():
+    wide = {"seq_len": 16384}
+    found, _ = references(
+        window("flex", 2000, 5000), window("flex", 9000, 9900, **wide),
+        window("eager", 6000, 9000), window("eager", None, None, status="oom", **wide),
+        failed("mismatch", method="longformer", backend="flex"),
+        both_clocks(4000, 5000, method="longformer", backend="flex", **wide),
+        both_clocks(5000, 5000, method="longformer", backend="hf"),
+        failed("unsupported", method="longformer", backend="hf", **wide),
+        failed("timeout", method="longformer", backend="eager"),
+        failed("unsupported", method="longformer", backend="xformers"),
+        failed("unsupported", method="longformer", backend="xformers", **wide),
+    )  # fmt: skip
+    cells = {name[:2]: (line["N = 4096"], line["N = 16384"]) for name, line in found.items()}
+    assert cells == {
+        ("`sliding_window`", "eager"): ("3.00x (6.0 ms : 2.0 ms)", "oom"),
+        ("`longformer`", "hf"): ("ok : mismatch", "unsupported"),
+        ("`longformer`", "eager"): ("timeout : mismatch", "-"),
+    }
+
+
+def test_a_clock_that_one_of_the_two_lost_is_not_used():
+    slowed, timed = (
+        [row for row in rows if row.phase == "fwd_bwd"]
+        for rows in (failed("timeout", method="sliding_window"), window("flex", 1, 3000))
+    )
+    for ours in ([slowed[0], timed[1]], timed[1:]):
+        found, _ = references(ours, window("eager", 6000, 9000))
+        (line,) = found.values()
+        assert line["N = 4096"] == "3.00x (9.0 ms : 3.0 ms, host)"
+    found, _ = references([timed[0], slowed[1]], window("eager", 6000, 9000))
+    assert found["`sliding_window`", "eager", "float32"]["N = 4096"].startswith("6000.00x (")
+    graphless = {"clocks": ("kernels", "host")}
+    found, _ = references(window("flex", 1, 10, **graphless), window("eager", 1, 20, **graphless))
+    assert found["`sliding_window`", "eager", "float32"]["N = 4096"].startswith("2.00x (")
+
+
+def test_references_of_two_problems_are_no_table():
+    with pytest.raises(ValueError, match=r"more than N and dtype: .*16 heads"):
+        references(window("flex", 1, 1), window("eager", 1, 1, q_heads=16))
+
+
+def step(method="standard", backend="flex", us=100.0, **changes):
+    model = {"model": "table2", "world_size": 1, "data": "random", "batch": 4, "seq_len": 1024}
+    values = model | {"phase": "step", "clock": "host", "losses": "10.8;10.7"} | changes
+    return make_row(method=method, backend=backend, median_us=us, **values)
+
+
+def test_training_is_over_the_fastest_dense_step_of_its_column():
+    two, long = {"world_size": 2}, {"batch": 1, "seq_len": 4096}
+    found, below = table(_train([
+        step(us=800.0, **two), step("spattention", us=200.0, **two),
+        step(us=200.0, **long), step("spattention", us=None, status="oom", **long),
+        step("mine", us=400.0, **long),
+        step(us=400.0), step(backend="sdpa-cudnn"), step("identity", "identity", 50.0),
+        step("spattention", us=80.0), step("longformer", us=125.0),
+    ]))  # fmt: skip
+    columns = ["N = 1024", "N = 4096", "N = 1024, 2 processes"]
+    cells = {name: [line[head] for head in columns] for name, line in found.items()}
+    assert list(cells.items()) == [
+        (("`standard`", "flex"), ["10.2 M (0.25x)", "20.5 M (1.00x)", "10.2 M (1.00x)"]),
+        (("`standard`", "sdpa-cudnn"), ["41.0 M (1.00x)", "-", "-"]),
+        (("`spattention`", "flex"), ["51.2 M (1.25x)", "oom", "41.0 M (4.00x)"]),
+        (("`longformer`", "flex"), ["32.8 M (0.80x)", "-", "-"]),
+        (("`mine`", "flex"), ["-", "10.2 M (0.50x)", "-"]),
+        (("`identity`", "identity"), ["81.9 M (2.00x)", "-", "-"]),
+    ]
+    assert list(found["`standard`", "flex"])[2:] == columns
+    assert below.endswith(
+        "table2 · 4096 tokens a step · bfloat16 · Chip X; "
+        "table2 · 8192 tokens a step · 2 processes · bfloat16 · Chip X."
+    )
+
+
+def test_a_training_without_a_dense_step_has_rates_alone_and_a_text_has_its_column():
+    found, _ = table(_train([step("spattention", data="wiki.txt"), step()]))
+    line = found["`spattention`", "flex"]
+    assert (line["N = 1024"], line["N = 1024, wiki.txt"]) == ("-", "41.0 M")
+
+
+def test_trainings_that_a_column_cannot_tell_apart_are_refused():
+    with pytest.raises(ValueError, match="two trainings have one column: N = 1024; N = 1024"):
+        _train([step(), step(batch=8)])
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    (tmp_path / "h200").mkdir()
+
+    def write(name, *rows):
+        with Store(tmp_path / "h200" / f"{name}.csv") as store:
+            store.append(rows)
+
+    return write
+
+
+def test_a_section_is_there_once_its_results_are(results, tmp_path):
+    waiting = {"references", "train"}
+    (tmp_path / "h200" / "references.time.csv").write_text("time_utc,spent_on,seconds\n")
+    results("train-olmoe", step(model="olmoe-1b-7b"), step(model="table2 recomputing"))
+    assert not waiting & set(sections())
+    later, early = ({"time_utc": f"2026-01-0{day}T00:00:00Z"} for day in (2, 1))
+    results("train", step(us=100.0, **later), make_row())
+    results("train_again", step(us=200.0, **early), step("spattention", us=50.0))
+    results("references_bf16", *window("flex", 2000, 1, dtype="bfloat16"))
+    assert waiting & set(sections()) == waiting
+    results("references", *window("flex", 2000, 1), *window("eager", 1000, 1))
+    bodies = {name: sections()[name]() for name in waiting}
+    assert "| `sliding_window` | eager | float32 | 0.50x (" in bodies["references"]
+    assert "| `standard` | flex | 41.0 M (1.00x) |" in bodies["train"]
+    assert "| `spattention` | flex | 81.9 M (2.00x) |" in bodies["train"]
+    assert "olmoe" not in bodies["train"] and "recomputing" not in bodies["train"]
+
+
+def test_a_readme_without_the_marks_of_results_that_are_there_is_refused(results, monkeypatch):
+    results("train", step())
+    made = {"train": sections()["train"]}
+    monkeypatch.setattr(readme, "sections", lambda: made)
+    text = "<!-- begin train -->\nold\n<!-- end train -->"
+    assert "| `standard` | flex | 41.0 M (1.00x) |" in readme.render(text)
+    with pytest.raises(ValueError, match="begin train"):
+        readme.render("no marks")
+
+
+def test_kills_on_a_gpu_are_counted_beside_those_on_a_cpu(tmp_path, monkeypatch):
+    (cpu,) = _kill_proofs()
+    assert cpu[0].endswith("(CPU)")
+    shutil.copytree(ROOT / "results", tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    path = tmp_path / "cpu" / "kills.csv"
+    with path.open(newline="") as file:
+        whole, *_ = lines = list(csv.DictReader(file))
+    skipped = whole | {"passed": "False", "note": "skipped: needs two disks"}
+    with (tmp_path / "h200" / "kills.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, whole)
+        writer.writeheader()
+        writer.writerows([whole, whole | {"passed": "False", "note": "message"}, whole, skipped])
+    assert len(lines) > 4
+    what = "sweeps killed, starved or damaged, then resumed"
+    assert list(_kill_proofs()) == [
+        cpu, (f"{what} (on the GPU)", "2 of 3 ended with every row once", "`make kills`")
+    ]  # fmt: skip
+    assert f"| {what} (on the GPU) | 2 of 3 ended" in _proofs()
