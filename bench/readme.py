@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from bench import report, train_report
 from bench.derived import BASELINE, Board, Cell, boards, in_order
+from bench.profile import BETWEEN, OTHERS, calls, read_profile, shown
+from bench.readme_proofs import faults, proofs
 from bench.record import ROOT, Row, read_rows
 from bench.step_attention import IDENTITY
 from methods import METHODS
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "results"
+# Heads and N, and how many times as fast as dense attention the fastest way was to be there.
+TARGETS = {(8, 4096): 4.2, (8, 16384): 5.8, (16, 32768): 13}
+WIDTH = 60  # of a kernel's name
 
 
 def sections() -> dict[str, Callable[[], str]]:
@@ -27,12 +30,15 @@ def sections() -> dict[str, Callable[[], str]]:
         ),
         "point": lambda: _clocks(_rows("h200/lengths")),
         "fastest": lambda: _fastest(_rows("h200/backends")),
+        "targets": lambda: _targets(_rows("h200/backends")),
+        "profile-varlen": lambda: _profiles("h200/profile_varlen"),
+        "profile-reformer": lambda: _profiles("h200/profile_reformer", 0.05),
         "rounds": lambda: _rounds(_rows("h200/rounds")),
         "stand-ins": lambda: _stand_ins(_rows("h200/lengths")),
         "cpu-forward": lambda: _forward(_rows("cpu/default")),
         "cpu": lambda: report.headline_markdown(_rows("cpu/default"), backend="blockwise"),
-        "faults": _faults,
-        "proofs": _proofs,
+        "faults": lambda: faults(RESULTS),
+        "proofs": lambda: proofs(RESULTS),
         "methods": _methods,
     }
     if references := _measured("h200/references*"):
@@ -58,12 +64,6 @@ def _measured(pattern: str) -> list[Row]:
     paths = [path for path in RESULTS.glob(f"{pattern}.csv") if not path.stem.endswith(".time")]
     rows = [row for path in sorted(paths) for row in read_rows(path)]
     return sorted(rows, key=lambda row: row.time_utc)
-
-
-def _records(name: str) -> list[dict[str, str]]:
-    """Lines of a table that is no sweep's."""
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _methods() -> str:
@@ -135,6 +135,57 @@ def _fastest(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _targets(rows: list[Row]) -> str:
+    """Aimed at and reached: `spattention` over dense attention, both on their fastest backend."""
+    found = {(board.head.q_heads, board.head.seq_len, board.head.clock): board
+             for board in boards(rows)}  # fmt: skip
+    lines = [
+        "| device clock (host clock) | dense | `spattention` | times as fast | aim |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for (heads, n), aim in TARGETS.items():
+        device, host = (found[heads, n, clock] for clock in ("device", "host"))
+        cells, ratios = [], []
+        best = [device.fastest(name, "fwd_bwd") for name in (BASELINE, "spattention")]
+        for cell in best:
+            us, waited = (board.us(cell, "fwd_bwd") for board in (device, host))
+            cells.append(f"{us:.0f} us ({waited:.0f} us), {cell.backend}")
+        for board in (device, host):
+            dense, sparse = (board.us(cell, "fwd_bwd") for cell in best)
+            ratios.append(f"{dense / sparse:.2f}x")
+        lines.append(
+            f"| H = {heads}, N = {n} | {' | '.join(cells)} | {ratios[0]} ({ratios[1]}) | {aim}x |"
+        )
+    return "\n".join(lines)
+
+
+def _profiles(name: str, least: float = 0.02) -> str:
+    """Kernels of each call of a profile, the longest first: microseconds and share."""
+    found = calls(read_profile(RESULTS / f"{name}.csv"))
+    heads = [f"N = {x.seq_len}, {x.phase}: {x.call_us:.0f} us" for x, *_ in found]
+    parts = [{kernel: us for kernel, _, us in shown(call, least)} for call in found]
+    kernels = sorted({x for part in parts for x in part}, key=lambda x: _place(x, parts))
+    lines = [
+        f"| kernel | {' | '.join(heads)} |",
+        f"| --- |{' ---: |' * len(found)}",
+    ]
+    for kernel in kernels:
+        cells = [
+            f"{part[kernel]:.0f} us, {part[kernel] / call[0].call_us:.0%}"
+            if kernel in part
+            else "-"
+            for part, call in zip(parts, found, strict=True)
+        ]
+        name = kernel if len(kernel) <= WIDTH else f"{kernel[:WIDTH]}..."
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _place(kernel: str, parts: list[dict[str, float]]) -> tuple[bool, bool, float]:
+    """The longest kernels first; what is put together, and what lies between, last."""
+    return kernel == BETWEEN, kernel == OTHERS, -max(part.get(kernel, 0.0) for part in parts)
+
+
 def _rounds(rows: list[Row]) -> str:
     """Reformer by its rounds of hashing: time, and the part of the forward before the kernel."""
     found = [board for board in boards(rows) if board.head.clock == "device"]
@@ -164,7 +215,7 @@ def _stand_ins(rows: list[Row]) -> str:
         "reformer",
         "mehc_reformer",
     )
-    lengths = (4096, 16384, 65536)
+    lengths = (4096, 16384, 32768)
     found = {
         (row.method, row.seq_len): row
         for row in rows
@@ -272,116 +323,6 @@ def _training_cell(training: train_report.Training, cell: Cell) -> str:
         return row.status if row else report.NOTHING
     gain = training.speedup(cell)
     return report.quantity(rate.y) + (f" ({gain.y:.2f}x)" if gain else "")
-
-
-def _proofs() -> str:
-    """What the suite's own claims rest on: one line a proof, from its committed table."""
-    proofs = [
-        *_verdict_proofs(), *_clock_proofs(), *_kill_proofs(), *_sweep_proofs(), *_cost_proofs()
-    ]  # fmt: skip
-    lines = ["| what | measured | made by |", "| --- | --- | --- |"]
-    return "\n".join(lines + [f"| {what} | {found} | {by} |" for what, found, by in proofs])
-
-
-def _verdict_proofs() -> Iterator[tuple[str, str, str]]:
-    for x in _records("h200/detection"):
-        planted, mode = float(x["planted"]), x["mode"]
-        extra = f"{float(x['measured']):.1%} of real extra work"
-        what = extra if planted else "a call against its twin"
-        rounds = "in the same rounds" if mode == "paired" else "one run after the other"
-        found = ", ".join(f"{x[v]} {v}" for v in ("same", "unclear", "slower", "faster"))
-        yield f"verdicts of `compare`: {what}, {rounds}", found, "`make detection`"
-
-
-def _clock_proofs() -> Iterator[tuple[str, str, str]]:
-    cells = _records("h200/clocks")
-    for column, name in (("cupti", "CUPTI's spans"), ("triton", "`do_bench_cudagraph`")):
-        apart = [abs(float(x[f"device_over_{column}"]) - 1) for x in cells]
-        middle, most = statistics.median(apart), max(apart)
-        x = cells[apart.index(most)]
-        yield (
-            f"device clock against {name}, {len(cells)} cells",
-            (
-                f"{middle:.1%} apart at the median; at most {most:.1%}: `{x['method']}` on "
-                f"{x['backend']}, N = {x['seq_len']}"
-            ),
-            "`make clocks`",
-        )
-
-
-def _kill_proofs() -> Iterator[tuple[str, str, str]]:
-    places = {"cpu": "CPU"}
-    if (RESULTS / "h200" / "kills.csv").exists():
-        places["h200"] = "on the GPU"
-    for folder, place in places.items():
-        kills = [x for x in _records(f"{folder}/kills") if not x["note"].startswith("skipped")]
-        whole = sum(x["passed"] == "True" for x in kills)
-        yield (
-            f"sweeps killed, starved or damaged, then resumed ({place})",
-            f"{whole} of {len(kills)} ended with every row once",
-            "`make kills`",
-        )
-
-
-def _sweep_proofs() -> Iterator[tuple[str, str, str]]:
-    for name in ("heads", "backends"):
-        spent = {x["spent_on"]: float(x["seconds"]) for x in _records(f"h200/{name}.time")}
-        parts = sorted(spent.items(), key=lambda item: -item[1])
-        cells = len({_cell(row) for row in _rows(f"h200/{name}")})
-        yield (
-            f"the {sum(spent.values()):.0f} s of `{name}.csv`, {cells} cells, some in the caches",
-            ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts if seconds >= 1),
-            "`run_bench.py`",
-        )
-    cold, warm = (_rows(f"h200/sweep_{name}") for name in ("cold", "warm"))
-    first = {_cell(row): row.median_us for row in cold if row.clock == "device"}
-    pairs = [(first.get(_cell(row)), row.median_us) for row in warm if row.clock == "device"]
-    both = [(a, b) for a, b in pairs if a is not None and min(a, b) >= 50]
-    near = sum(abs(a / b - 1) <= 0.02 for a, b in both)
-    yield (
-        "two sweeps of 36 problems on one machine, device medians of 50 us and more",
-        f"{near} of {len(both)} within 2 %",
-        "`run_bench.py compare`",
-    )
-    (serial,) = _records("h200/serial")
-    yield (
-        "compiled and timed one after the other in one process, without a check",
-        f"{float(serial['seconds']) / int(serial['cells']):.1f} s a cell, {serial['cells']} cells",
-        "`make serial`",
-    )
-
-
-def _cost_proofs() -> Iterator[tuple[str, str, str]]:
-    (cost,) = _records("h200/attend_cost")
-    what = "host time of `attend` a call, beyond the compiled kernel's"
-    yield what, f"{cost['beyond_us']} us", "`make attend-cost`"
-    lists = {row.method: row for row in _rows("h200/block_lists")}
-    ours, torchs = lists["spattention"], lists["spattention_gridless"]
-    yield (
-        "block lists against `create_block_mask`, N = 32768",
-        (
-            f"{torchs.median_us / ours.median_us:.0f} x faster, "
-            f"{torchs.peak_bytes / ours.peak_bytes:.0f} x less memory"
-        ),
-        "`--phases layout`, `tests/gpu/gridless.py`",
-    )
-
-
-def _faults() -> str:
-    """Share of the error budget that each planted fault takes; above 1 is caught."""
-    found = _records("cpu/faults")
-    columns = list(dict.fromkeys((x["seq_len"], x["dtype"]) for x in found))
-    share = {(x["fault"], x["method"], x["seq_len"], x["dtype"]): x["error_budget"] for x in found}
-    heads = " | ".join(f"N = {n}, {dtype}" for n, dtype in columns)
-    lines = [f"| fault, in `spattention` | {heads} |", f"| --- |{' ---: |' * len(columns)}"]
-    for fault in dict.fromkeys(x["fault"] for x in found):
-        cells = " | ".join(share[fault, "spattention", n, dtype] for n, dtype in columns)
-        lines.append(f"| {fault.replace('_', ' ')} | {cells} |")
-    return "\n".join(lines)
-
-
-def _cell(row: Row) -> tuple:
-    return row.problem, row.method, row.params, row.backend
 
 
 def main(path: Path = README) -> None:

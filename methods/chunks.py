@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -223,7 +223,12 @@ def _gathered(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _merged(out: Tensor, lse: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
     """[B, H, N, D] of out [B, H, R, N, D], and the rounds' weights [B, H, R, N]; of tokens."""
-    weights = lse.gather(3, slot).softmax(2)  # a round without keys has -inf; all never have
+    own = lse.gather(3, slot).unbind(2)
+    # By elements: torch warns of a compiled softmax over so few. A round without keys has -inf;
+    # all never have.
+    peak = reduce(torch.maximum, own)
+    shares = [(x - peak).exp() for x in own]
+    weights = torch.stack(shares, 2) / sum(shares).unsqueeze(2)
     return (weights.unsqueeze(-1) * _take(out, slot)).sum(2).to(out.dtype), weights
 
 

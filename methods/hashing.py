@@ -18,16 +18,20 @@ def draw(
     return torch.randn(heads, dim, rounds, columns, generator=generator).to(device)
 
 
-def rotated(q: Tensor, drawn: Tensor, sizes: tuple[int, ...]) -> Iterator[tuple[Tensor, int]]:
-    """q by each rotation, [B, H, R, N, buckets / 2] in its dtype, and its buckets."""
-    turned = torch.einsum("bhnd,hdrx->bhrnx", q, drawn.to(q.dtype))
+def rotated(q: Tensor, drawn: Tensor) -> Tensor:
+    """q [B, H, N, D] by every rotation, [B, H, R, N, columns] in its dtype."""
+    return torch.einsum("bhnd,hdrx->bhrnx", q, drawn.to(q.dtype))
+
+
+def parts(turned: Tensor, sizes: tuple[int, ...]) -> Iterator[tuple[Tensor, int]]:
+    """Each rotation's columns, half as many as its buckets, and its buckets."""
     return zip(turned.split([x // 2 for x in sizes], -1), sizes, strict=True)
 
 
-def nearest(q: Tensor, drawn: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Of every rotation the direction nearest to q or its opposite, as one number."""
+def nearest(turned: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Of every rotation the direction nearest to it or its opposite, as one number."""
     buckets, counted = 0, 1
-    for part, size in rotated(q.float(), drawn, sizes):
+    for part, size in parts(turned, sizes):
         # The largest of the part and of its negative, without a copy of both.
         high, low = part.max(-1), part.min(-1)
         buckets = buckets + counted * torch.where(high[0] >= -low[0], high[1], low[1] + size // 2)

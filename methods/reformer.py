@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from methods.chunks import PENALTY, Chunks, Listings, Rounds, fused, merge, sort, stable_order
-from methods.hashing import draw, nearest, rotated
+from methods.hashing import draw, nearest, parts, rotated
 from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, ScoreMod, static_parts
 
 MODES = ("exact", "transformers", "reformer_pytorch")
@@ -143,7 +143,8 @@ class Reformer(Method):
         Args:
             q: [B, H, N, D].
         """
-        return fused(nearest, q, self._drawn(q, p), self.rotations(p))
+        # The product is not compiled: torch would warn that it is not in TF32.
+        return fused(nearest, rotated(q.float(), self._drawn(q, p)), self.rotations(p))
 
     def _drawn(self, q: Tensor, p: Problem) -> Tensor:
         columns = sum(self.rotations(p)) // 2
@@ -181,8 +182,8 @@ class Reformer(Method):
         """As `Method.state_fault`: some tokens' buckets in float64, and every line's order."""
         some = torch.arange(0, p.seq_len, max(1, p.seq_len // TOKENS_LOOKED_AT), device=q.device)
         buckets, counted = 0, 1
-        sizes, wide = self.rotations(p), q.detach()[:, :, some].double()
-        for part, size in rotated(wide, self._drawn(q, p), sizes):
+        wide = rotated(q.detach()[:, :, some].double(), self._drawn(q, p))
+        for part, size in parts(wide, self.rotations(p)):
             buckets = buckets + counted * torch.cat((part, -part), -1).argmax(-1)
             counted *= size
         other = float((buckets != state.buckets[..., some]).double().mean())

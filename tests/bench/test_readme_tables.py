@@ -6,8 +6,11 @@ import shutil
 import pytest
 
 from bench import readme
-from bench.readme import _kill_proofs, _proofs, _references, _train, sections
-from bench.record import ROOT, Store
+from bench.profile import BETWEEN, Line
+from bench.readme import RESULTS, _profiles, _references, _targets, _train, sections
+from bench.readme_proofs import kill_proofs, proofs
+from bench.record import Store
+from bench.tables import write_table
 from tests.bench.rows import make_row
 
 LSH = "chunk=128,n_rounds=4,mode='transformers',before=1"
@@ -195,11 +198,10 @@ def test_a_readme_without_the_marks_of_results_that_are_there_is_refused(results
         readme.render("no marks")
 
 
-def test_kills_on_a_gpu_are_counted_beside_those_on_a_cpu(tmp_path, monkeypatch):
-    (cpu,) = _kill_proofs()
+def test_kills_on_a_gpu_are_counted_beside_those_on_a_cpu(tmp_path):
+    (cpu,) = kill_proofs(RESULTS)
     assert cpu[0].endswith("(CPU)")
-    shutil.copytree(ROOT / "results", tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "cpu" / "kills.csv"
     with path.open(newline="") as file:
         whole, *_ = lines = list(csv.DictReader(file))
@@ -210,7 +212,49 @@ def test_kills_on_a_gpu_are_counted_beside_those_on_a_cpu(tmp_path, monkeypatch)
         writer.writerows([whole, whole | {"passed": "False", "note": "message"}, whole, skipped])
     assert len(lines) > 4
     what = "sweeps killed, starved or damaged, then resumed"
-    assert list(_kill_proofs()) == [
+    assert list(kill_proofs(tmp_path)) == [
         cpu, (f"{what} (on the GPU)", "2 of 3 ended with every row once", "`make kills`")
     ]  # fmt: skip
-    assert f"| {what} (on the GPU) | 2 of 3 ended" in _proofs()
+    assert f"| {what} (on the GPU) | 2 of 3 ended" in proofs(tmp_path)
+
+
+def test_targets_are_by_the_backend_that_is_fastest_on_the_device():
+    """By the host clock, the same two calls, whichever is faster there."""
+    rows = []
+    for heads, n in readme.TARGETS:
+        size = {"q_heads": heads, "seq_len": n, "causal": True, "dtype": "bfloat16"}
+        rows += both_clocks(400, 900, method="standard", backend="fa4", **size)
+        rows += both_clocks(500, 800, method="standard", backend="flex", **size)
+        rows += both_clocks(100, 1800, backend="varlen", **size)
+        rows += both_clocks(110, 100, backend="flex", **size)
+    first, *rest = _targets(rows).splitlines()[2:]
+    assert first == (
+        "| H = 8, N = 4096 | 400 us (900 us), fa4 | 100 us (1800 us), varlen "
+        "| 4.00x (0.50x) | 4.2x |"
+    )
+    assert [line.split(" | ")[-1] for line in rest] == ["5.8x |", "13x |"]
+
+
+def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    spent = {1024: {"short": 10.0, "k" * 99: 70.0, "tiny": 1.0, BETWEEN: 19.0},
+             2048: {"short": 150.0, "other": 48.0, BETWEEN: 2.0}}  # fmt: skip
+    lines = [
+        Line(
+            seq_len=n, device_name="chip", torch="2", code="abc", method="standard", params=None,
+            backend="flex", phase="fwd", clock="device", kernel=kernel, launches=1.0, us=us,
+            call_us=sum(parts.values()),
+        )
+        for n, parts in spent.items()
+        for kernel, us in parts.items()
+    ]  # fmt: skip
+    write_table(tmp_path / "x.csv", lines, Line)
+    assert _profiles("x").splitlines() == [
+        "| kernel | N = 1024, fwd: 100 us | N = 2048, fwd: 200 us |",
+        "| --- | ---: | ---: |",
+        "| short | 10 us, 10% | 150 us, 75% |",
+        f"| {'k' * readme.WIDTH}... | 70 us, 70% | - |",
+        "| other | - | 48 us, 24% |",
+        "| others | 1 us, 1% | - |",
+        f"| {BETWEEN} | 19 us, 19% | 2 us, 1% |",
+    ]

@@ -1,0 +1,135 @@
+"""The README's evidence for the suite's own claims, from committed tables."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.record import Row, read_rows
+
+Proof = tuple[str, str, str]
+
+
+def proofs(results: Path) -> str:
+    """What the suite's own claims rest on: one line a proof, from its committed table.
+
+    Args:
+        results: the folder that has h200/ and cpu/.
+    """
+    parts = (_verdict_proofs, _clock_proofs, kill_proofs, _sweep_proofs, _cost_proofs)
+    found = [proof for part in parts for proof in part(results)]
+    lines = ["| what | measured | made by |", "| --- | --- | --- |"]
+    return "\n".join(lines + [f"| {what} | {measured} | {by} |" for what, measured, by in found])
+
+
+def _verdict_proofs(results: Path) -> Iterator[Proof]:
+    for x in _records(results / "h200/detection.csv"):
+        planted, mode = float(x["planted"]), x["mode"]
+        extra = f"{float(x['measured']):.1%} of real extra work"
+        what = extra if planted else "a call against its twin"
+        rounds = "in the same rounds" if mode == "paired" else "one run after the other"
+        found = ", ".join(f"{x[v]} {v}" for v in ("same", "unclear", "slower", "faster"))
+        yield f"verdicts of `compare`: {what}, {rounds}", found, "`make detection`"
+
+
+def _clock_proofs(results: Path) -> Iterator[Proof]:
+    cells = _records(results / "h200/clocks.csv")
+    for column, name in (("cupti", "CUPTI's spans"), ("triton", "`do_bench_cudagraph`")):
+        apart = [abs(float(x[f"device_over_{column}"]) - 1) for x in cells]
+        middle, most = statistics.median(apart), max(apart)
+        x = cells[apart.index(most)]
+        yield (
+            f"device clock against {name}, {len(cells)} cells",
+            (
+                f"{middle:.1%} apart at the median; at most {most:.1%}: `{x['method']}` on "
+                f"{x['backend']}, N = {x['seq_len']}"
+            ),
+            "`make clocks`",
+        )
+
+
+def kill_proofs(results: Path) -> Iterator[Proof]:
+    """Of a CPU, and of a GPU where there is a log."""
+    places = {"cpu": "CPU"}
+    if (results / "h200/kills.csv").exists():
+        places["h200"] = "on the GPU"
+    for folder, place in places.items():
+        kills = [
+            x
+            for x in _records(results / f"{folder}/kills.csv")
+            if not x["note"].startswith("skipped")
+        ]
+        whole = sum(x["passed"] == "True" for x in kills)
+        yield (
+            f"sweeps killed, starved or damaged, then resumed ({place})",
+            f"{whole} of {len(kills)} ended with every row once",
+            "`make kills`",
+        )
+
+
+def _sweep_proofs(results: Path) -> Iterator[Proof]:
+    spent = {x["spent_on"]: float(x["seconds"]) for x in _records(results / "h200/heads.time.csv")}
+    parts = sorted(spent.items(), key=lambda item: -item[1])
+    cells = len({_cell(row) for row in read_rows(results / "h200/heads.csv")})
+    yield (
+        f"the {sum(spent.values()):.0f} s of `heads.csv`, {cells} cells, some in the caches",
+        ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts if seconds >= 1),
+        "`run_bench.py`",
+    )
+    cold, warm = (read_rows(results / f"h200/sweep_{name}.csv") for name in ("cold", "warm"))
+    first = {_cell(row): row.median_us for row in cold if row.clock == "device"}
+    pairs = [(first.get(_cell(row)), row.median_us) for row in warm if row.clock == "device"]
+    both = [(a, b) for a, b in pairs if a is not None and min(a, b) >= 50]
+    near = sum(abs(a / b - 1) <= 0.02 for a, b in both)
+    yield (
+        "two sweeps of 36 problems on one machine, device medians of 50 us and more",
+        f"{near} of {len(both)} within 2 %",
+        "`run_bench.py compare`",
+    )
+    (serial,) = _records(results / "h200/serial.csv")
+    yield (
+        "compiled and timed one after the other in one process, without a check",
+        f"{float(serial['seconds']) / int(serial['cells']):.1f} s a cell, {serial['cells']} cells",
+        "`make serial`",
+    )
+
+
+def _cost_proofs(results: Path) -> Iterator[Proof]:
+    (cost,) = _records(results / "h200/attend_cost.csv")
+    what = "host time of `attend` a call, beyond the compiled kernel's"
+    yield what, f"{cost['beyond_us']} us", "`make attend-cost`"
+    lists = {row.method: row for row in read_rows(results / "h200/block_lists.csv")}
+    ours, torchs = lists["spattention"], lists["spattention_gridless"]
+    yield (
+        "block lists against `create_block_mask`, N = 32768",
+        (
+            f"{torchs.median_us / ours.median_us:.0f} x faster, "
+            f"{torchs.peak_bytes / ours.peak_bytes:.0f} x less memory"
+        ),
+        "`--phases layout`, `tests/gpu/gridless.py`",
+    )
+
+
+def faults(results: Path) -> str:
+    """Share of the error budget that each planted fault takes; above 1 is caught."""
+    found = _records(results / "cpu/faults.csv")
+    columns = list(dict.fromkeys((x["seq_len"], x["dtype"]) for x in found))
+    share = {(x["fault"], x["method"], x["seq_len"], x["dtype"]): x["error_budget"] for x in found}
+    heads = " | ".join(f"N = {n}, {dtype}" for n, dtype in columns)
+    lines = [f"| fault, in `spattention` | {heads} |", f"| --- |{' ---: |' * len(columns)}"]
+    for fault in dict.fromkeys(x["fault"] for x in found):
+        cells = " | ".join(share[fault, "spattention", n, dtype] for n, dtype in columns)
+        lines.append(f"| {fault.replace('_', ' ')} | {cells} |")
+    return "\n".join(lines)
+
+
+def _records(path: Path) -> list[dict[str, str]]:
+    """Lines of a table that is no sweep's."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _cell(row: Row) -> tuple:
+    return row.problem, row.method, row.params, row.backend
