@@ -132,7 +132,9 @@ def _unboxed(complaint: str) -> str:
     lines = [line.strip(" ╭╮╰╯│─") for line in complaint.splitlines()]
     _title, *message = [line for line in lines if line.strip("-")]
     pointers = r"\s*(?:Argument helptext:|For full helptext|Got errors:)"
-    return re.split(pointers, " ".join(message))[0]
+    text = re.split(pointers, " ".join(message))[0]
+    flag = re.match(r"Error parsing (--\S+): (?:no type matching|Could not find).*(\[.*\])", text)
+    return f"{flag[2]} is no value of {flag[1]}; --help says what is" if flag else text
 
 
 def _plot(command: Plot, console: Console) -> int:

@@ -78,6 +78,7 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
     if fail_slower is not None and not 0 <= fail_slower < math.inf:
         raise ValueError(f"--fail-slower is {fail_slower}; a percentage of 0 or more is needed")
     pairs = [_pair(key, row, b.rows[key]) for key, row in a.rows.items() if key in b.rows]
+    pairs.sort(key=lambda pair: (pair.a.dtype, pair.a.head_dim, pair.a.q_heads, pair.a.seq_len))
     if not pairs:
         raise ValueError(f"nothing matches: no cell, phase and clock of {a.name} is in {b.name}")
     _print(a, b, pairs, console)

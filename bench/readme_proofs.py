@@ -83,8 +83,11 @@ def _sweep_proofs(results: Path) -> Iterator[Proof]:
     pairs = [(first.get(_cell(row)), row.median_us) for row in warm if row.clock == "device"]
     both = [(a, b) for a, b in pairs if a is not None and min(a, b) >= 50]
     near = sum(abs(a / b - 1) <= 0.02 for a, b in both)
+    problems = {row.problem for row in cold} & {row.problem for row in warm}
+    longest = max(p.seq_len for p in problems)
     yield (
-        "two sweeps of 36 problems on one machine, device medians of 50 us and more",
+        f"two sweeps on one machine, {len(problems)} problems up to N = {longest}, device medians "
+        "of 50 us and more",
         f"{near} of {len(both)} within 2 %",
         "`run_bench.py compare`",
     )

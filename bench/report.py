@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -13,8 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from bench.derived import BASELINE, Board, Cell, Gain, boards, in_order, problem_of
-from bench.record import CLOCKS, Row
+from bench.derived import BASELINE, Board, Cell, Gain, boards, problem_of
+from bench.record import Row
 
 PHASE_NAMES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
 NOTHING = "-"
@@ -314,87 +314,3 @@ def _bytes(count: int | None) -> str:
     if count is None:
         return NOTHING
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def headline_markdown(
-    rows: Iterable[Row], *, backend: str, clock: str | None = None, **fixed: object
-) -> str:
-    """The README's table: methods down, N across; tokens/s and speed-up of fwd+bwd.
-
-    Args:
-        backend: of the methods and of the `standard` that they are compared with; a last line has
-            the fastest dense backend of all.
-        clock: the first of CLOCKS that has such a row, where not given.
-        fixed: fields of Row that choose one problem a length, as in `q_heads=8, head_dim=128`.
-
-    Raises:
-        ValueError: no row is left, or those left differ in more than N.
-    """
-    chosen = [
-        row
-        for row in rows
-        if row.phase == "fwd_bwd"
-        and (row.backend == backend or row.method == BASELINE)
-        and all(getattr(row, name) == value for name, value in fixed.items())
-    ]
-    clocks = [c for c in CLOCKS if c in {r.clock for r in chosen if r.backend == backend}]
-    clock = clock or next(iter(clocks), None)
-    found = [board for board in boards(chosen) if board.head.clock == clock]
-    if not found or not any(cell.backend == backend for b in found for cell in b.cells):
-        raise ValueError(f"no fwd_bwd row of backend {backend!r} by clock {clock!r} with {fixed}")
-    titles = {problem_title(board.head, without=["seq_len"]) for board in found}
-    if len(titles) > 1:
-        raise ValueError(f"the rows differ in more than N: {'; '.join(sorted(titles))}")
-    found.sort(key=lambda board: board.head.seq_len)
-    return "\n".join([*_headline_lines(found, backend), "", _headline_caption(found[0], backend)])
-
-
-def _headline_lines(found: Sequence[Board], backend: str) -> Iterator[str]:
-    yield _line(["method", *(f"N = {board.head.seq_len}" for board in found)])
-    yield _line(["---", *("---:" for _ in found)])
-    cells = list(dict.fromkeys(c for board in found for c in board.cells if c.backend == backend))
-    methods = in_order(cell.method for cell in cells)
-    cells.sort(key=lambda cell: methods.index(cell.method))
-    for cell, label in zip(cells, labels(cells), strict=True):
-        yield _line([f"`{label}`", *(_headline_cell(board, cell) for board in found)])
-    dense = [board.fastest_dense("fwd_bwd") for board in found]
-    if any(cell is not None and cell.backend != backend for cell in dense):
-        texts = (
-            f"{quantity(board.tokens_per_s(cell))} ({cell.backend})" if cell else NOTHING
-            for board, cell in zip(found, dense, strict=True)
-        )  # fmt: skip
-        yield _line(["fastest dense", *texts])
-
-
-def _headline_cell(board: Board, cell: Cell) -> str:
-    row, gain = board.row(cell, "fwd_bwd"), board.over_same_backend(cell, "fwd_bwd")
-    if row is not None and row.status != "ok":
-        return row.status
-    speedup = f" ({gain.value:.2f}x)" if gain and cell.method != BASELINE else ""
-    return quantity(board.tokens_per_s(cell)) + speedup
-
-
-def _headline_caption(board: Board, backend: str) -> str:
-    return (
-        f"Tokens/s, forward + backward, on `{backend}` by the {board.head.clock} clock; in "
-        f"brackets the speed-up over `{BASELINE}` on the same backend. "
-        f"{problem_title(board.head, without=['seq_len'])}."
-    )
-
-
-def _line(texts: Iterable[str]) -> str:
-    return f"| {' | '.join(texts)} |"
-
-
-def update_marked(text: str, name: str, body: str) -> str:
-    """The text with `body` between its lines `<!-- begin NAME -->` and `<!-- end NAME -->`.
-
-    Raises:
-        ValueError: the text has not exactly one such pair, in this order.
-    """
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    if text.count(begin) != 1 or text.count(end) != 1 or rest.count(end) != 1:
-        raise ValueError(f"one {begin!r} and, after it, one {end!r} are needed in the text")
-    return f"{before}{begin}\n{body.strip()}\n{end}{after}"

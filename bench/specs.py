@@ -38,6 +38,8 @@ def parse_method(spec: str) -> Method:
         raise ValueError(f"method is {spec!r}; one in a file is written FILE.py:NAME")
     if path is None:
         name, _, parameters = spec.partition(":")
+        if Path(f"{name}.py").is_file():
+            raise ValueError(f"method is {spec!r}; one in a file is written FILE.py:NAME")
         method = resolve(name)
     else:
         name, _, parameters = spec.partition(".py:")[2].partition(":")
@@ -61,10 +63,14 @@ def _with_parameters(method: Method, text: str, spec: str) -> Method:
     known = [field.name for field in dataclasses.fields(method)]
     try:
         call = ast.parse(f"f({text})", mode="eval").body
+    except SyntaxError:
+        raise ValueError(f"method {spec!r}: {_NOTATION}") from None
+    try:
         values = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError):
+    except ValueError:
         raise ValueError(
-            f"method {spec!r}: parameters are written name=value,name=value"
+            f"method {spec!r}: a value is no number, text in quotes, True, False, "
+            "None or tuple of such"
         ) from None
     if call.args or not values or None in values:
         raise ValueError(f"method {spec!r}: {_NOTATION}")

@@ -7,8 +7,9 @@ import pytest
 
 from bench import readme
 from bench.profile import BETWEEN, Line
-from bench.readme import RESULTS, _profiles, _references, _targets, _train, sections
+from bench.readme import RESULTS, _references, _train, sections
 from bench.readme_proofs import kill_proofs, proofs
+from bench.readme_speeds import TARGETS, WIDTH, profiles, targets
 from bench.record import Store
 from bench.tables import write_table
 from tests.bench.rows import make_row
@@ -34,6 +35,7 @@ def table(markdown):
     heads, _, *rest = (
         [x.strip() for x in line.strip("|").split("|")] for line in lines.split("\n")
     )
+    heads = [name.partition(":")[0] for name in heads]
     names = [name for name in heads if not name.startswith("N = ")]
     assert all(len(line) == len(heads) for line in rest)
     found = {tuple(line[: len(names)]): dict(zip(heads, line, strict=True)) for line in rest}
@@ -64,10 +66,10 @@ def test_a_reference_is_over_ours_by_the_clock_that_both_have():
         ("`reformer:mode='transformers'`", "hf", "float32"),
     ]
     first, second, third = found.values()
-    assert first["N = 4096"] == "3.02x (6.3 ms : 2.1 ms)"
-    assert first["N = 16384"] == "403.23x (125 ms : 0.31 ms)"
-    assert (second["N = 4096"], second["N = 16384"]) == ("2.00x (0.10 ms : 0.050 ms)", "-")
-    assert third["N = 4096"] == "4.00x (36 ms : 9.0 ms, host)"
+    assert first["N = 4096"] == "6.3 ms, 2.1 ms: 3.02x"
+    assert first["N = 16384"] == "125 ms, 0.31 ms: 403.23x"
+    assert (second["N = 4096"], second["N = 16384"]) == ("0.10 ms, 0.050 ms: 2.00x", "-")
+    assert third["N = 4096"] == "36 ms, 9.0 ms: 4.00x, host"
     assert below.endswith(
         "batch 1 · 8 heads · head_dim 128 · not causal · blocks 128x128 · Chip X."
     )
@@ -88,7 +90,7 @@ def test_no_number_is_a_status_and_what_is_never_supported_is_no_line():
     )  # fmt: skip
     cells = {name[:2]: (line["N = 4096"], line["N = 16384"]) for name, line in found.items()}
     assert cells == {
-        ("`sliding_window`", "eager"): ("3.00x (6.0 ms : 2.0 ms)", "oom"),
+        ("`sliding_window`", "eager"): ("6.0 ms, 2.0 ms: 3.00x", "oom"),
         ("`longformer`", "hf"): ("ok : mismatch", "unsupported"),
         ("`longformer`", "eager"): ("timeout : mismatch", "-"),
     }
@@ -102,12 +104,12 @@ def test_a_clock_that_one_of_the_two_lost_is_not_used():
     for ours in ([slowed[0], timed[1]], timed[1:]):
         found, _ = references(ours, window("eager", 6000, 9000))
         (line,) = found.values()
-        assert line["N = 4096"] == "3.00x (9.0 ms : 3.0 ms, host)"
+        assert line["N = 4096"] == "9.0 ms, 3.0 ms: 3.00x, host"
     found, _ = references([timed[0], slowed[1]], window("eager", 6000, 9000))
-    assert found["`sliding_window`", "eager", "float32"]["N = 4096"].startswith("6000.00x (")
+    assert found["`sliding_window`", "eager", "float32"]["N = 4096"].endswith(": 6000.00x")
     graphless = {"clocks": ("kernels", "host")}
     found, _ = references(window("flex", 1, 10, **graphless), window("eager", 1, 20, **graphless))
-    assert found["`sliding_window`", "eager", "float32"]["N = 4096"].startswith("2.00x (")
+    assert found["`sliding_window`", "eager", "float32"]["N = 4096"].endswith(": 2.00x, host")
 
 
 def test_references_of_two_problems_are_no_table():
@@ -182,7 +184,7 @@ def test_a_section_is_there_once_its_results_are(results, tmp_path):
     assert waiting & set(sections()) == waiting
     results("references", *window("flex", 2000, 1), *window("eager", 1000, 1))
     bodies = {name: sections()[name]() for name in waiting}
-    assert "| `sliding_window` | eager | float32 | 0.50x (" in bodies["references"]
+    assert "| `sliding_window` | eager | float32 | 1.0 ms, 2.0 ms: 0.50x" in bodies["references"]
     assert "| `standard` | flex | 41.0 M (1.00x) |" in bodies["train"]
     assert "| `spattention` | flex | 81.9 M (2.00x) |" in bodies["train"]
     assert "olmoe" not in bodies["train"] and "recomputing" not in bodies["train"]
@@ -218,25 +220,30 @@ def test_kills_on_a_gpu_are_counted_beside_those_on_a_cpu(tmp_path):
     assert f"| {what} (on the GPU) | 2 of 3 ended" in proofs(tmp_path)
 
 
-def test_targets_are_by_the_backend_that_is_fastest_on_the_device():
-    """By the host clock, the same two calls, whichever is faster there."""
+def test_targets_are_by_the_fastest_backend_of_each_clock():
     rows = []
-    for heads, n in readme.TARGETS:
+    for heads, n in TARGETS:
         size = {"q_heads": heads, "seq_len": n, "causal": True, "dtype": "bfloat16"}
-        rows += both_clocks(400, 900, method="standard", backend="fa4", **size)
-        rows += both_clocks(500, 800, method="standard", backend="flex", **size)
-        rows += both_clocks(100, 1800, backend="varlen", **size)
-        rows += both_clocks(110, 100, backend="flex", **size)
-    first, *rest = _targets(rows).splitlines()[2:]
-    assert first == (
-        "| H = 8, N = 4096 | 400 us (900 us), fa4 | 100 us (1800 us), varlen "
-        "| 4.00x (0.50x) | 4.2x |"
+        for method, backend, device, host in (
+            ("standard", "fa4", 400, 900), ("standard", "flex", 500, 800),
+            ("spattention", "varlen", 100, 1800), ("spattention", "flex", 110, 100),
+        ):  # fmt: skip
+            for clock, us in (("device", device), ("host", host)):
+                rows.append(
+                    make_row(method=method, backend=backend, clock=clock, median_us=us,
+                             samples_us=f"{us};{us}", rounds="0;1", **size)
+                )  # fmt: skip
+    device, host, *rest = targets(rows).splitlines()[2:]
+    assert device == (
+        "| H = 8, N = 4096 | device | 400 us, fa4 | 100 us, varlen | 4.00x (4.00 to 4.00) | 4.2x |"
     )
-    assert [line.split(" | ")[-1] for line in rest] == ["5.8x |", "13x |"]
+    assert host == (
+        "| H = 8, N = 4096 | host | 800 us, flex | 100 us, flex | 8.00x (8.00 to 8.00) |  |"
+    )
+    assert [line.split(" | ")[-1] for line in rest[::2]] == ["5.8x |", "13x |"]
 
 
-def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first(tmp_path):
     spent = {1024: {"short": 10.0, "k" * 99: 70.0, "tiny": 1.0, BETWEEN: 19.0},
              2048: {"short": 150.0, "other": 48.0, BETWEEN: 2.0}}  # fmt: skip
     lines = [
@@ -249,11 +256,11 @@ def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first(tmp_path, mo
         for kernel, us in parts.items()
     ]  # fmt: skip
     write_table(tmp_path / "x.csv", lines, Line)
-    assert _profiles("x").splitlines() == [
+    assert profiles(tmp_path / "x.csv").splitlines() == [
         "| kernel | N = 1024, fwd: 100 us | N = 2048, fwd: 200 us |",
         "| --- | ---: | ---: |",
         "| short | 10 us, 10% | 150 us, 75% |",
-        f"| {'k' * readme.WIDTH}... | 70 us, 70% | - |",
+        f"| {'k' * WIDTH}... | 70 us, 70% | - |",
         "| other | - | 48 us, 24% |",
         "| others | 1 us, 1% | - |",
         f"| {BETWEEN} | 19 us, 19% | 2 us, 1% |",

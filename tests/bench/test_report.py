@@ -3,8 +3,10 @@ import re
 import pytest
 from rich.console import Console
 
+from bench.readme import update_marked
+from bench.readme_speeds import headline_markdown
 from bench.record import Store, read_rows
-from bench.report import headline_markdown, print_report, quantity, tables, update_marked
+from bench.report import print_report, quantity, tables
 from tests.bench.rows import make_row, sweep_rows
 
 DENSE = {"method": "standard", "allowed_pairs": 800, "computed_pairs": 1000}
@@ -236,8 +238,8 @@ def test_headline():
         "| fastest dense | 10.2 M (flex) | 20.5 M (sdpa-cudnn) |",
         "",
         "Tokens/s, forward + backward, on `flex` by the device clock; in brackets the speed-up "
-        "over `standard` on the same backend. batch 1 · 8 heads · head_dim 128 · bfloat16 · "
-        "causal · blocks 128x128 · Chip X.",
+        "over `standard` on the same backend. Dense backends of this run: flex, sdpa-cudnn. "
+        "batch 1 · 8 heads · head_dim 128 · bfloat16 · causal · blocks 128x128 · Chip X.",
     ]
 
 

@@ -1,0 +1,254 @@
+"""The README's tables of speeds, in Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from bench.derived import BASELINE, Board, Cell, boards, compare, in_order
+from bench.profile import BETWEEN, OTHERS, calls, read_profile, shown
+from bench.record import CLOCKS, Row
+from bench.report import NOTHING, labels, problem_title, quantity
+
+# Heads and N, and how many times as fast as dense attention the fastest way was to be there.
+TARGETS = {(8, 4096): 4.2, (8, 16384): 5.8, (16, 32768): 13}
+WIDTH = 60  # of a kernel's name
+
+
+def headline_markdown(
+    rows: Iterable[Row], *, backend: str, clock: str | None = None, **fixed: object
+) -> str:
+    """The README's table: methods down, N across; tokens/s and speed-up of fwd+bwd.
+
+    Args:
+        backend: of the methods and of the `standard` that they are compared with; a last line has
+            the fastest dense backend of all.
+        clock: the first of CLOCKS that has such a row, where not given.
+        fixed: fields of Row that choose one problem a length, as in `q_heads=8, head_dim=128`.
+
+    Raises:
+        ValueError: no row is left, or those left differ in more than N.
+    """
+    chosen = [
+        row
+        for row in rows
+        if row.phase == "fwd_bwd"
+        and (row.backend == backend or row.method == BASELINE)
+        and all(getattr(row, name) == value for name, value in fixed.items())
+    ]
+    clocks = [c for c in CLOCKS if c in {r.clock for r in chosen if r.backend == backend}]
+    clock = clock or next(iter(clocks), None)
+    found = [board for board in boards(chosen) if board.head.clock == clock]
+    if not found or not any(cell.backend == backend for b in found for cell in b.cells):
+        raise ValueError(f"no fwd_bwd row of backend {backend!r} by clock {clock!r} with {fixed}")
+    titles = {problem_title(board.head, without=["seq_len"]) for board in found}
+    if len(titles) > 1:
+        raise ValueError(f"the rows differ in more than N: {'; '.join(sorted(titles))}")
+    found.sort(key=lambda board: board.head.seq_len)
+    return "\n".join([*_headline_lines(found, backend), "", _headline_caption(found, backend)])
+
+
+def _headline_lines(found: Sequence[Board], backend: str) -> Iterator[str]:
+    yield _line(["method", *(f"N = {board.head.seq_len}" for board in found)])
+    yield _line(["---", *("---:" for _ in found)])
+    cells = list(dict.fromkeys(c for board in found for c in board.cells if c.backend == backend))
+    methods = in_order(cell.method for cell in cells)
+    cells.sort(key=lambda cell: methods.index(cell.method))
+    for cell, label in zip(cells, labels(cells), strict=True):
+        yield _line([f"`{label}`", *(_headline_cell(board, cell) for board in found)])
+    dense = [board.fastest_dense("fwd_bwd") for board in found]
+    if any(cell is not None and cell.backend != backend for cell in dense):
+        texts = (
+            f"{quantity(board.tokens_per_s(cell))} ({cell.backend})" if cell else NOTHING
+            for board, cell in zip(found, dense, strict=True)
+        )  # fmt: skip
+        yield _line(["fastest dense", *texts])
+
+
+def _headline_cell(board: Board, cell: Cell) -> str:
+    row, gain = board.row(cell, "fwd_bwd"), board.over_same_backend(cell, "fwd_bwd")
+    if row is not None and row.status != "ok":
+        return row.status
+    speedup = f" ({gain.value:.2f}x)" if gain and cell.method != BASELINE else ""
+    return quantity(board.tokens_per_s(cell)) + speedup
+
+
+def _headline_caption(found: Sequence[Board], backend: str) -> str:
+    rivals = list(dict.fromkeys(cell.backend for board in found for cell in board.dense()))
+    dense = f" Dense backends of this run: {', '.join(rivals)}." if len(rivals) > 1 else ""
+    head = found[0].head
+    return (
+        f"Tokens/s, forward + backward, on `{backend}` by the {head.clock} clock; in "
+        f"brackets the speed-up over `{BASELINE}` on the same backend.{dense} "
+        f"{problem_title(head, without=['seq_len'])}."
+    )
+
+
+def _line(texts: Iterable[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def answer(lengths: list[Row], backends: list[Row]) -> str:
+    """Right, fast, and what stops it: of `spattention` at the paper's point."""
+    passed = [row for row in (*lengths, *backends) if row.status == "ok"]
+    worst = max(row.error_budget for row in passed)
+    device, host = (_point(lengths, clock) for clock in ("device", "host"))
+    best = _point(backends, "device")
+    flex, own = Cell("spattention", None, "flex"), best.fastest("spattention", "fwd_bwd")
+    dense, rival = device.dense("flex")[0], best.fastest_dense("fwd_bwd")
+    over_rival = best.over_fastest_dense(own, "fwd_bwd").value
+    waits = compare(host.row(dense, "fwd_bwd"), host.row(flex, "fwd_bwd"))
+    gain = device.over_same_backend(flex, "fwd_bwd").value
+    return "\n".join((
+        f"- **Right?** All {len(passed)} rows behind this page's tables of `flex` and of backends "
+        f"passed the check; the worst took {worst:.0%} of its error budget.",
+        f"- **Fast?** `spattention` is {gain:.2f} times as fast as `standard` on `flex`, and on "
+        f"its fastest backend ({own.backend}) {over_rival:.2f} times as fast as dense attention "
+        f"on its own ({rival.backend}), by the device clock. An eager caller, who waits for "
+        f"launches too, sees {waits.ratio:.2f} times ({waits.low:.2f} to {waits.high:.2f}) on "
+        f"`flex`: compile the model, or replay graphs.",
+        f"- **What stops it?** Its pairs would allow {device.ideal_by_elements(flex):.2f} times, "
+        f"the blocks that a kernel must visit {device.ideal_by_blocks(flex):.2f}; it reaches "
+        f"{device.efficiency(flex, 'fwd_bwd').value:.0%} of that.",
+    ))  # fmt: skip
+
+
+def _point(rows: Iterable[Row], clock: str) -> Board:
+    """The paper's point by a clock."""
+    chosen = (row for row in rows if (row.q_heads, row.seq_len, row.head_dim) == (8, 4096, 128))
+    (found,) = (board for board in boards(chosen) if board.head.clock == clock)
+    return found
+
+
+def clocks(rows: list[Row]) -> str:
+    """The paper's point by both clocks, over `standard` on flex; what sparsity would allow."""
+    found = [_point(rows, clock) for clock in ("device", "host")]
+    lines = [
+        "| method | backend | device clock | ideal by pairs, blocks | host clock |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for cell in found[0].cells:
+        times = []
+        for board in found:
+            base, row = (board.row(x, "fwd_bwd") for x in (board.dense("flex")[0], cell))
+            gain = compare(base, row)
+            spread = f", {gain.low:.2f} to {gain.high:.2f}" if board.head.clock == "host" else ""
+            times.append(f"{row.median_us:.0f} us ({gain.ratio:.2f}x{spread})")
+        ideals = (found[0].ideal_by_elements(cell), found[0].ideal_by_blocks(cell))
+        ideal = ", ".join(f"{x:.2f}x" if x else NOTHING for x in ideals)
+        lines.append(_line((f"`{cell.method}`", cell.backend, times[0], ideal, times[1])))
+    return "\n".join(lines)
+
+
+def fastest(rows: list[Row]) -> str:
+    """The fastest backend of dense attention and of each method, and their ratio, by N."""
+    found = [board for board in boards(rows) if board.head.clock == "device"]
+    found.sort(key=lambda board: (board.head.q_heads, board.head.seq_len))
+    heads = [f"H = {board.head.q_heads}, N = {board.head.seq_len}" for board in found]
+    lines = [f"| fastest backend | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(found)}"]
+    for method in in_order(row.method for row in rows):
+        cells = []
+        for board in found:
+            best = board.fastest(method, "fwd_bwd")
+            gain = best and board.over_fastest_dense(best, "fwd_bwd")
+            times = f" ({gain.value:.2f}x)" if gain and method != BASELINE else ""
+            us = best and board.us(best, "fwd_bwd")
+            cells.append(f"{us:.0f} us, {best.backend}{times}" if best else "-")
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def targets(rows: list[Row]) -> str:
+    """Aimed at and reached: `spattention` over dense attention, each on its fastest backend."""
+    found = {(board.head.q_heads, board.head.seq_len, board.head.clock): board
+             for board in boards(rows)}  # fmt: skip
+    lines = [
+        "| point | clock | dense | `spattention` | times as fast | aim |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for (heads, n), aim in TARGETS.items():
+        for clock in ("device", "host"):
+            board = found[heads, n, clock]
+            best = [board.fastest(name, "fwd_bwd") for name in (BASELINE, "spattention")]
+            cells = [f"{board.us(cell, 'fwd_bwd'):.0f} us, {cell.backend}" for cell in best]
+            gain = compare(*(board.row(cell, "fwd_bwd") for cell in best))
+            reached = f"{gain.ratio:.2f}x ({gain.low:.2f} to {gain.high:.2f})"
+            aimed = f"{aim}x" if clock == "device" else ""
+            lines.append(_line((f"H = {heads}, N = {n}", clock, *cells, reached, aimed)))
+    return "\n".join(lines)
+
+
+def profiles(path: Path, least: float = 0.02) -> str:
+    """Kernels of each call of a profile, the longest first: microseconds and share."""
+    found = calls(read_profile(path))
+    heads = [f"N = {x.seq_len}, {x.phase}: {x.call_us:.0f} us" for x, *_ in found]
+    parts = [{kernel: us for kernel, _, us in shown(call, least)} for call in found]
+    kernels = sorted({x for part in parts for x in part}, key=lambda x: _place(x, parts))
+    lines = [
+        f"| kernel | {' | '.join(heads)} |",
+        f"| --- |{' ---: |' * len(found)}",
+    ]
+    for kernel in kernels:
+        cells = [
+            f"{part[kernel]:.0f} us, {part[kernel] / call[0].call_us:.0%}"
+            if kernel in part
+            else "-"
+            for part, call in zip(parts, found, strict=True)
+        ]
+        name = kernel if len(kernel) <= WIDTH else f"{kernel[:WIDTH]}..."
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _place(kernel: str, parts: list[dict[str, float]]) -> tuple[bool, bool, float]:
+    """The longest kernels first; what is put together, and what lies between, last."""
+    return kernel == BETWEEN, kernel == OTHERS, -max(part.get(kernel, 0.0) for part in parts)
+
+
+def rounds(rows: list[Row]) -> str:
+    """Reformer by its rounds of hashing: time, and the part of the forward before the kernel."""
+    found = [board for board in boards(rows) if board.head.clock == "device"]
+    found.sort(key=lambda board: board.head.seq_len)
+    lines = [
+        f"| `reformer` | {' | '.join(f'N = {board.head.seq_len}' for board in found)} |",
+        f"| --- |{' ---: |' * len(found)}",
+    ]
+    for cell in found[0].cells:
+        if cell.method == BASELINE:
+            continue
+        rounds, cells = re.search(r"n_rounds=\d+", cell.params)[0], []
+        for board in found:
+            ms, share = board.us(cell, "fwd_bwd") / 1000, board.prepare_share(cell)
+            cells.append(f"{ms:.2f} ms, {share:.0%}")
+        lines.append(f"| `{rounds}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def stand_ins(rows: list[Row]) -> str:
+    """The released stand-ins beside the methods that they stand for: pairs, blocks and time."""
+    pairs = (
+        "longformer",
+        "mehc_longformer",
+        "bigbird",
+        "mehc_bigbird",
+        "reformer",
+        "mehc_reformer",
+    )
+    lengths = (4096, 16384, 32768)
+    found = {
+        (row.method, row.seq_len): row
+        for row in rows
+        if (row.phase, row.clock, row.backend) == ("fwd_bwd", "device", "flex")
+    }
+    columns = " | ".join(f"N = {n}: pairs, blocks, time" for n in lengths)
+    lines = [f"| method | {columns} |", f"| --- |{' ---: |' * len(lengths)}"]
+    for name in pairs:
+        cells = []
+        for n in lengths:
+            row, dense = found[name, n], found["standard", n]
+            allowed = 100 * row.allowed_pairs / dense.allowed_pairs
+            computed = 100 * row.computed_pairs / dense.computed_pairs
+            cells.append(f"{allowed:.1f} %, {computed:.1f} %, {row.median_us / 1000:.2f} ms")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
