@@ -1,4 +1,4 @@
-"""Training throughput: models, steps, ranks, and what is derived from their rows."""
+"""Training throughput: steps, ranks, and what is derived from their rows."""
 
 import json
 import math
@@ -13,38 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache
 
 import run_bench
 from bench import steps, train, train_report
 from bench.backends import BACKENDS
-from bench.cells import Cell, Group
 from bench.chip import Reading
 from bench.compare import sides
-from bench.models import MODELS, Model, build, compile_model, model_of_file, parameters
+from bench.models import model_of_file
 from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import ROOT, Store, read_rows
-from bench.step_attention import IDENTITY, step_attention
-from bench.steps import Job, World, compile_first, run_job
-from methods import METHODS, Problem
-from methods.huggingface import register
+from bench.steps import World, run_job
 from tests.bench.rows import make_row
-
-CPU = torch.device("cpu")
-TINY = Model("tiny", layers=2, heads=4, kv_heads=4, hidden=64, head_dim=16, vocabulary=256)
-LLAMA = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
-}  # fmt: skip
-OLMOE = {
-    "model_type": "olmoe", "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "num_experts": 4,
-    "num_experts_per_tok": 2,
-}  # fmt: skip
-
-# Its scores are not divided by the root of the head's features.
-GRANITE = LLAMA | {"model_type": "granite", "attention_multiplier": 3.0}
+from tests.bench.training import CPU, LLAMA, built, config_file, job, losses, some_ids, step_row
 
 
 @pytest.fixture(autouse=True)
@@ -60,186 +40,6 @@ def traced(monkeypatch):
         torch, "compile", lambda f, **kwargs: compile_once(f, backend="aot_eager", **kwargs)
     )
     torch.compiler.reset()
-
-
-def config_file(folder, values, name="tiny.json"):
-    path = folder / name
-    path.write_text(values if isinstance(values, str) else json.dumps(values))
-    return path
-
-
-def job(method="standard", backend="blockwise", model=TINY, **changes):
-    p = Problem(batch=2, q_heads=model.heads, kv_heads=model.kv_heads, seq_len=64,
-                head_dim=model.head_dim, dtype="float32")  # fmt: skip
-    group = Group(
-        problem=p, block_size=(128, 128), cells=(Cell(method, backend),), phases=("step",),
-        device="cpu", seed=0, rounds=3, seconds=0.0, run="test", shared=False,
-    )  # fmt: skip
-    values = {
-        "steps": 4, "warmup": 1, "learning_rate": 1e-3, "text": None, "checkpointing": False,
-        "compiled": False, "shard": False,
-    }  # fmt: skip
-    return Job(group=group, model=model, **values | changes)
-
-
-def step_row(given):
-    return run_job(given, World(), lambda text: None)[-1]
-
-
-def losses(row):
-    return [float(loss) for loss in row.losses.split(";")]
-
-
-def built(model, method="standard", backend="blockwise", compiled=False):
-    p = replace(job(model=model).group.problem, q_heads=model.heads, kv_heads=model.kv_heads)
-    attention = step_attention(METHODS.get(method, IDENTITY), backend, p, CPU, compiled)
-    return build(model, attention.call, 64, torch.float32, CPU, 0), attention
-
-
-def some_ids(seed=0):
-    drawn = torch.randint(256, (2, 65), generator=torch.Generator().manual_seed(seed))
-    return drawn[:, :-1], drawn[:, 1:]
-
-
-# Layers: 12 hidden^2 and two norms; tables; OLMoE: attention, its two norms, router, experts.
-def _olmoe_parameters(hidden, expert):
-    layer = 4 * hidden**2 + 2 * hidden + 2 * hidden + 64 * hidden + 64 * 3 * hidden * expert
-    return 16 * layer + 2 * 50304 * hidden + hidden
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("table2", 8 * (12 * 1024**2 + 2 * 1024) + 50304 * 1024 + 1024),
-        ("olmoe-0.25b-1.75b", _olmoe_parameters(1024, 512)),
-        ("olmoe-1b-7b", _olmoe_parameters(2048, 1024)),
-    ],
-)
-def test_parameters_of_the_named_models(name, expected):
-    model = build(MODELS[name], None, 8, torch.bfloat16, torch.device("meta"), 0)
-    assert parameters(model) == expected
-    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
-
-
-def test_the_arithmetic_of_a_step_counts_what_a_token_takes_part_in():
-    model = build(MODELS["table2"], None, 8, torch.bfloat16, torch.device("meta"), 0)
-    weights = 8 * 12 * 1024**2 + 50304 * 1024
-    assert model.step_flops(MODELS["table2"], 3, 1024, 1000) == 3 * (
-        6 * weights * 1024 + 8 * 12 * 128 * 1000
-    )
-    moe = build(MODELS["olmoe-0.25b-1.75b"], None, 8, torch.bfloat16, torch.device("meta"), 0)
-    layer = 4 * 1024**2 + 64 * 1024 + 8 * 3 * 1024 * 512
-    assert moe.active_weights == 16 * layer + 50304 * 1024
-
-
-def test_a_token_reaches_later_positions_and_no_earlier_one():
-    model, _ = built(TINY)
-    ids, _ = some_ids()
-    other = ids.clone()
-    other[0, 40] = (other[0, 40] + 1) % 256
-    with torch.no_grad():
-        moved = (model.body(ids) - model.body(other)).abs().amax(-1)
-    assert moved[0, :40].max() == 0 and moved[1].max() == 0
-    assert (moved[0, 40:] > 0).all()
-
-
-@pytest.mark.parametrize("config", [LLAMA, OLMOE, GRANITE], ids=["llama", "olmoe", "granite"])
-@pytest.mark.parametrize("method", ["standard", "spattention"])
-def test_a_model_of_transformers_is_the_one_with_a_registered_method(tmp_path, config, method):
-    from transformers import AttentionInterface
-
-    model, _ = built(model_of_file(config_file(tmp_path, config)), method)
-    ids, targets = some_ids()
-    with torch.no_grad():
-        here = model(ids, targets)
-        (name,) = register({"registered": method}, backend="blockwise")
-        assert name in AttentionInterface()
-        model.body.set_attn_implementation(name)
-        assert here != 0
-        torch.testing.assert_close(here, model(ids, targets), atol=1e-6, rtol=1e-6)
-
-
-# Said by torch where a graph takes a tensor with a gradient from outside.
-NO_LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
-
-@NO_LEAF
-@pytest.mark.parametrize("config", [None, OLMOE], ids=["decoder", "olmoe"])
-def test_a_compiled_model_is_the_same_and_its_layers_share_a_graph(tmp_path, traced, config):
-    source = config and config_file(tmp_path, config | {"num_hidden_layers": 10})
-    given = model_of_file(source) if source else TINY
-    model, attention = built(given, "standard", "sdpa-flash", compiled=True)
-    assert attention.inlined
-    ids, targets = some_ids()
-    expected = model(ids, targets)
-    before = counters["stats"]["unique_graphs"]
-    compile_model(model, attention)
-    found = model(ids, targets)
-    assert counters["stats"]["unique_graphs"] - before == 2  # a layer's, and the loss
-    torch.testing.assert_close(found, expected)
-    found.backward()
-    assert all(x.grad.isfinite().all() for x in model.parameters())
-
-
-@NO_LEAF
-def test_what_is_compiled_ahead_is_found_again():
-    """The layer, forward and backward; the loss is compiled by whoever comes first."""
-    with fresh_cache():
-        compile_first(job(backend="sdpa-flash", compiled=True))
-        torch.compiler.reset()
-        counters.clear()
-        model, attention = built(TINY, "standard", "sdpa-flash", compiled=True)
-        compile_model(model, attention)
-        model(*some_ids()).backward()
-    assert counters["inductor"]["fxgraph_cache_hit"] == 2
-    assert counters["inductor"]["fxgraph_cache_miss"] == 2
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@NO_LEAF
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(
-    ("config", "shard"), [(None, False), (None, True), (OLMOE, True)],
-    ids=["DDP", "FSDP2", "FSDP2 of experts"],
-)  # fmt: skip
-def test_a_model_over_processes_trains_as_by_itself(
-    tmp_path, monkeypatch, traced, alone, config, shard, compiled
-):
-    # One process stands for two, so a sum over both is its own value.
-    monkeypatch.setattr(World, "means", lambda self, values, device: list(values))
-    model = model_of_file(config_file(tmp_path, config)) if config else TINY
-    given = job(backend="sdpa-flash", model=model, compiled=compiled)
-    single = losses(step_row(given))
-    for checkpointing in (False, True):
-        spread = replace(given, shard=shard, checkpointing=checkpointing)
-        with torch._dynamo.config.patch(optimize_ddp=False, fail_on_recompile_limit_hit=True):
-            row = run_job(spread, World(0, 2), lambda text: None)[-1]
-        assert (row.status, row.world_size) == ("ok", 2)
-        assert losses(row) == pytest.approx(single, abs=2e-4)
-
-
-@pytest.mark.parametrize("method", ["spattention", "longformer"])
-def test_flex_is_inside_the_graph_of_the_model(traced, method):
-    """Forward alone: FlexAttention has no backward on a CPU."""
-    fitting = METHODS[method] if method != "longformer" else replace(METHODS[method], window=16)
-    p = replace(job().group.problem, batch=2)
-    found = []
-    for backend in ("blockwise", "flex"):
-        attention = step_attention(fitting, backend, p, CPU, compiled=True)
-        model = build(TINY, attention.call, 64, torch.float32, CPU, 0)
-        if backend == "flex":
-            compile_model(model, attention)
-        with torch.no_grad():
-            found.append(model(*some_ids()))
-        assert attention.inlined == (backend == "flex")
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_the_losses_of_backends_and_options_agree():
