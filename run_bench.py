@@ -21,7 +21,7 @@ from bench.backend_figures import draw_backends
 from bench.backends import BACKENDS
 from bench.compare import compare, sides
 from bench.paper_run import Paper, reproduce
-from bench.profile import Profile, profile
+from bench.profile import Profile, is_profile, print_profile, profile, read_profile
 from bench.record import read_rows
 from bench.specs import parameters_text
 from bench.sweep import Sweep, named_device, sweep
@@ -36,7 +36,7 @@ class Plot:
     """Draw the figures and print the tables of a results file again."""
 
     csv: tyro.conf.Positional[Path]
-    """A results file."""
+    """A results file, or a profile's, of which there are tables alone."""
     output: Path | None = None
     """Folder of the figures; default plots/NAME for results/NAME.csv."""
 
@@ -138,6 +138,9 @@ def _unboxed(complaint: str) -> str:
 
 
 def _plot(command: Plot, console: Console) -> int:
+    if is_profile(command.csv):
+        print_profile(read_profile(command.csv), console)
+        return 0
     rows = read_rows(command.csv)
     folder = command.output or _plots_of(command.csv.resolve())
     report.print_report(rows, console)

@@ -65,17 +65,19 @@ def side_by_side(
     set_up: Callable[[], None],
     time_limit: float,
     on_done: Callable[[], None],
+    most: int = MOST,
 ) -> list[tuple[tuple, T]]:
     """Jobs and what function(*job) returned, on all cores; those that failed are missing.
 
     Args:
         set_up: called once in every process.
         time_limit: seconds in which none ends, after which the rest is given up.
+        most: processes.
     """
     found: list[tuple[tuple, T]] = []
     if not jobs:
         return found
-    count = min(len(jobs), cores(), MOST)
+    count = min(len(jobs), cores(), most)
     pool = ProcessPoolExecutor(count, mp_context=SPAWN, initializer=set_up)
     futures: dict[Future, tuple] = {}
     try:

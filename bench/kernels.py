@@ -65,13 +65,14 @@ def short(name: str) -> str:
     """A kernel's name without return type, template arguments and parameters."""
     if cute := CUTE.search(name):
         return cute[1]
-    return re.split(r"[<(;]", name.removeprefix("void "))[0].strip()
+    plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.split(r"[<(;]", plain)[0].strip()
 
 
 def described(name: str) -> str:
     """A kernel's short name, and which of PyTorch's own it is where that has many uses."""
     name_only = short(name)
-    inner = [x for x in INNER.findall(name[len(name_only) :]) if x not in name_only]
+    inner = [x for x in INNER.findall(name) if x not in name_only]
     return f"{name_only} ({inner[0]})" if inner else name_only
 
 

@@ -6,9 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,22 +15,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import timing
-from bench.ahead import compile_ahead
+from bench.ahead import compile_ahead, side_by_side
 from bench.cells import Cell, Group, Prepared
-from bench.failures import CELL_ERRORS, one_line
+from bench.failures import CELL_ERRORS, one_line, status_of
 from bench.kernels import described
 from bench.measure import Bench, Clockwork
-from bench.record import code_hash
+from bench.record import ROOT, code_hash
 from bench.specs import parameters_text, parse_method, source_file
-from bench.sweep import Sweep, destination, expand, named_device
+from bench.sweep import Sweep, expand, must_be_writable, named_device
 from bench.tables import read_table, write_table
-from bench.worker import SPAWN, set_up_sweep
+from bench.worker import set_up_sweep
 from methods import Problem
 
 REPLAYS = 10
-TIME_LIMIT = 300.0  # seconds for what compiles ahead
+TIME_LIMIT = 300.0  # seconds without progress
 SHOWN = 0.01  # of a call's time; in print, what takes less is one line
 BETWEEN, OTHERS = "between kernels", "others"
+Refused = tuple[str, str, str]  # a call, its status and the reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,25 +102,26 @@ def profile(request: Profile, console: Console) -> int:
         ValueError: the request is wrong, or there is no CUDA device; nothing was run or written.
     """
     groups = _groups(request)
-    path, _ = destination(request.output, groups[0].run, resume=False)
+    path = Path(request.output or ROOT) / "results" / f"{groups[0].run}.csv"
+    if path.exists():
+        raise ValueError(f"{path} exists; choose another --run")
+    must_be_writable(path.parent)
     compile_ahead(groups, TIME_LIMIT, lambda: None)
-    lines, failed = [], 0
-    # In a process of its own: a kernel may take it down, and this one opens no device.
-    with ProcessPoolExecutor(1, mp_context=SPAWN, initializer=set_up_sweep) as pool:
-        for group in groups:
-            try:
-                found, refused = pool.submit(profile_group, group).result()
-            except BrokenProcessPool:
-                console.print("crash: the process that owned the device died", highlight=False)
-                return 1
-            lines += found
-            write_table(path, lines, Line)
-            print_profile(found, console)
-            for text in refused:
-                console.print(escape(text), highlight=False)
-            failed += len(refused)
+    # In a process of its own: a kernel may take it down or hang, and this one opens no device.
+    jobs = [(group,) for group in groups]
+    found = side_by_side(profile_group, jobs, set_up_sweep, TIME_LIMIT, lambda: None, most=1)
+    lines = [line for _, (of_group, _) in found for line in of_group]
+    write_table(path, lines, Line)
+    print_profile(lines, console)
+    refused = [failure for _, (_, of_group) in found for failure in of_group]
+    done = [group for (group,), _ in found]
+    reason = f"no answer: its process ended, or took more than {TIME_LIMIT:.0f} s"
+    for group in (group for group in groups if group not in done):
+        refused += [(_title(cell, group.problem), "crash", reason) for cell in group.cells]
+    for failure in refused:
+        console.print(escape(": ".join(failure)), highlight=False)
     console.print(f"lines: {path}", highlight=False)
-    return 1 if failed else 0
+    return 1 if any(status in ("mismatch", "crash") for _, status, _ in refused) else 0
 
 
 def _groups(request: Profile) -> list[Group]:
@@ -140,7 +140,7 @@ def _groups(request: Profile) -> list[Group]:
     ]
 
 
-def profile_group(group: Group) -> tuple[list[Line], list[str]]:
+def profile_group(group: Group) -> tuple[list[Line], list[Refused]]:
     """Lines of every cell of a group, and what is not profiled and why."""
     device = torch.device(group.device)
     timing.use_side_stream(device)
@@ -148,11 +148,13 @@ def profile_group(group: Group) -> tuple[list[Line], list[str]]:
     for cell in group.cells:
         try:
             prepared = bench.prepare(cell)
-            for phase, (status, reason) in prepared.refused.items():
-                refused.append(f"{_title(cell, group.problem, phase)}: {status}: {reason}")
+            refused += [
+                (_title(cell, group.problem, phase), *why)
+                for phase, why in prepared.refused.items()
+            ]
             lines += _lines(group, prepared, device)
         except CELL_ERRORS as error:
-            refused.append(f"{_title(cell, group.problem)}: {one_line(error)}")
+            refused.append((_title(cell, group.problem), status_of(error), one_line(error)))
     return lines, refused
 
 
@@ -187,6 +189,12 @@ def kernels_of(sampler: timing.Replay | timing.Span) -> tuple[Counter[str], Coun
             spent[name] += event.time_range.elapsed_us() * share
             launches[name] += share
     return spent, launches
+
+
+def is_profile(path: Path) -> bool:
+    """Whether a file is a profile's, rather than a sweep's."""
+    with path.open() as file:
+        return file.readline().strip().split(",") == [field.name for field in fields(Line)]
 
 
 def read_profile(path: Path) -> list[Line]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from bench.compare import LIMIT
 from bench.derived import BASELINE, Board, Cell, boards, compare, in_order
 from bench.profile import BETWEEN, OTHERS, calls, read_profile, shown
 from bench.record import CLOCKS, Row
@@ -14,6 +15,7 @@ from bench.report import NOTHING, labels, problem_title, quantity
 # Heads and N, and how many times as fast as dense attention the fastest way was to be there.
 TARGETS = {(8, 4096): 4.2, (8, 16384): 5.8, (16, 32768): 13}
 WIDTH = 60  # of a kernel's name
+WIDE = 0.04  # an interval that is shown, as a share of the ratio
 
 
 def headline_markdown(
@@ -146,17 +148,28 @@ def fastest(rows: list[Row]) -> str:
     found = [board for board in boards(rows) if board.head.clock == "device"]
     found.sort(key=lambda board: (board.head.q_heads, board.head.seq_len))
     heads = [f"H = {board.head.q_heads}, N = {board.head.seq_len}" for board in found]
-    lines = [f"| fastest backend | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(found)}"]
+    lines = [_line(["fastest backend", *heads]), f"| --- |{' ---: |' * len(found)}"]
     for method in in_order(row.method for row in rows):
-        cells = []
-        for board in found:
-            best = board.fastest(method, "fwd_bwd")
-            gain = best and board.over_fastest_dense(best, "fwd_bwd")
-            times = f" ({gain.value:.2f}x)" if gain and method != BASELINE else ""
-            us = best and board.us(best, "fwd_bwd")
-            cells.append(f"{us:.0f} us, {best.backend}{times}" if best else "-")
-        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+        lines.append(_line([f"`{method}`", *(_fastest_cell(board, method) for board in found)]))
     return "\n".join(lines)
+
+
+def _fastest_cell(board: Board, method: str) -> str:
+    """Time, the backends that share the first place, the ratio, and a wide one's interval."""
+    best = board.fastest(method, "fwd_bwd")
+    if best is None:
+        return NOTHING
+    row, dense = (board.row(x, "fwd_bwd") for x in (best, board.fastest_dense("fwd_bwd")))
+    rivals = [x for x in board.cells if x.method == method and board.us(x, "fwd_bwd")]
+    slower = {x: compare(board.row(x, "fwd_bwd"), row).low for x in rivals if x != best}
+    names = " or ".join([best.backend, *(x.backend for x, low in slower.items() if low < LIMIT)])
+    text = f"{row.median_us:.0f} us, {names}"
+    if method == BASELINE:
+        return text
+    gain = compare(dense, row)
+    wide = gain.high / gain.low > 1 + WIDE
+    spread = f", {gain.low:.2f} to {gain.high:.2f}" if wide else ""
+    return f"{text} ({gain.ratio:.2f}x{spread})"
 
 
 def targets(rows: list[Row]) -> str:

@@ -111,7 +111,7 @@ def destination(output: str | None, run: str, resume: bool) -> tuple[Path, Path]
     csv_path, plots = base / "results" / f"{run}.csv", base / "plots" / run
     if csv_path.exists() and not resume:
         raise ValueError(f"{csv_path} exists; choose another --run, or go on with it by --resume")
-    _must_be_writable(csv_path.parent, plots.parent)
+    must_be_writable(csv_path.parent, plots.parent)
     return csv_path, plots
 
 
@@ -282,7 +282,7 @@ def _block_size(text: str) -> tuple[int, int]:
     return (sizes[0], sizes[-1])
 
 
-def _must_be_writable(*folders: Path) -> None:
+def must_be_writable(*folders: Path) -> None:
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

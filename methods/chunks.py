@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from methods.compiled import compiled_copy
+from methods.first_order import first_order
 from methods.method import MaskMod, Method, Problem, ScoreMod
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class _Sort(torch.autograd.Function):
         return fused(_spread, index, *tensors)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *fused(_gathered, *ctx.saved_tensors, *grads)
 
@@ -156,7 +156,7 @@ class _Merge(torch.autograd.Function):
         return merged
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *fused(_unmerged, grad, *ctx.saved_tensors), None, None
 
@@ -165,12 +165,17 @@ def fused(function: Callable, *given: Any) -> Any:
     """function(*given); on a GPU compiled, so that no step between two gathers is written out."""
     if not given[0].is_cuda or torch.compiler.is_compiling():
         return function(*given)
-    kinds = ((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given)
-    return _compiled(function, tuple(kinds))(*given)
+    kinds = (_kind(x) if isinstance(x, Tensor) else x for x in given)
+    return _compiled(function, torch.is_grad_enabled(), tuple(kinds))(*given)
+
+
+def _kind(x: Tensor) -> tuple:
+    """All that torch compiles for: it does so eight times at the most for one function."""
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
 
 
 @lru_cache(maxsize=256)
-def _compiled(function: types.FunctionType, kinds: tuple) -> Callable:
+def _compiled(function: types.FunctionType, grad: bool, kinds: tuple) -> Callable:
     return compiled_copy(function)
 
 
@@ -185,7 +190,7 @@ def stable_order(buckets: Tensor, together: bool, count: int | None = None) -> T
     """
     if not together:
         return buckets.argsort(dim=-1, stable=True)
-    lines = buckets.flatten(0, -2)
+    lines = buckets.flatten(0, -2).long()
     line = torch.arange(len(lines), device=buckets.device)[:, None]
     keys = line * (count or 1 << 32) + lines
     if count:

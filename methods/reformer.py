@@ -21,6 +21,7 @@ from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, Sco
 MODES = ("exact", "transformers", "reformer_pytorch")
 # As in trax: two rotations in place of one, whose memory would grow with N^2 / chunk.
 MOST_IN_ONE_ROTATION = 128
+MOST_BUCKETS = 1 << 31  # kernels hold them in int32
 # Of a check in float64: tokens a head, and the share that float32 may round into other buckets.
 TOKENS_LOOKED_AT, MOST_OTHER_BUCKETS = 512, 0.01
 
@@ -119,6 +120,8 @@ class Reformer(Method):
             )
         elif any(size % 2 for size in self.rotations(p)):
             fault = f"N / chunk is {p.seq_len // self.chunk}; give an even n_buckets"
+        elif (count := math.prod(self.rotations(p))) >= MOST_BUCKETS:
+            fault = f"n_buckets multiply to {count}; they must stay below {MOST_BUCKETS}"
         if fault is not None:
             raise ValueError(f"reformer: {fault}")
 
@@ -222,47 +225,43 @@ class Reformer(Method):
 
     def listings(self, p: Problem, state: Rounds) -> Listings:
         """A closure (b, h, i, j) -> N_ij: how often token i lists token j, causal or not."""
-        places, buckets = self._places(p, state)
-        near = self.near(p.seq_len * self.n_rounds)
+        listed = self._listed(p, state)
         rounds, across = range(self.n_rounds), self.ring and not self.within_buckets
         pairs = [(x, y) for x in rounds for y in rounds if x == y or across]
 
         def count(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            total = 0
-            for own, other in pairs:
-                listed = near(places[own][b, h, i] - places[other][b, h, j])
-                if buckets is not None:
-                    listed = listed & (buckets[own][b, h, i] == buckets[own][b, h, j])
-                total = total + listed.int()
-            return total
+            return sum(listed(own, other, b, h, i, j).int() for own, other in pairs)
 
         return count
 
     def listed_before(self, p: Problem, state: Rounds) -> Callable[..., Tensor]:
         """A closure (b, h, i, j, r) -> whether a round before r lists token j for i; no ring."""
-        places, buckets = self._places(p, state)
-        near = self.near(p.seq_len)
+        listed = self._listed(p, state)
 
         def before(b: Tensor, h: Tensor, i: Tensor, j: Tensor, r: Tensor) -> Tensor:
             found = False
             for own in range(self.n_rounds - 1):
-                listed = near(places[own][b, h, i] - places[own][b, h, j]) & (own < r)
-                if buckets is not None:
-                    listed = listed & (buckets[own][b, h, i] == buckets[own][b, h, j])
-                found = found | listed
+                found = found | (listed(own, own, b, h, i, j) & (own < r))
             return found
 
         return before
 
-    def _places(
-        self, p: Problem, state: Rounds
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-        """Each round's chunk of every token, and its bucket where that counts, [B, H, N]."""
+    def _listed(self, p: Problem, state: Rounds) -> Callable[..., Tensor]:
+        """A closure (r, s, b, h, i, j) -> whether i of round r lists j of round s."""
         # On a ring the chunks of all rounds are numbered on.
-        chunks = state.slot.shape[-1] // self.chunk if self.ring else 0
+        chunks = p.seq_len // self.chunk if self.ring else 0
         number = torch.arange(self.n_rounds, device=state.slot.device)[:, None]
         places = _each((state.slot // self.chunk + number * chunks).int())
-        return places, _each(state.buckets.int()) if self.within_buckets else None
+        buckets = _each(state.buckets.int()) if self.within_buckets else None
+        near = self.near(p.seq_len * self.n_rounds)
+
+        def listed(r: int, s: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            found = near(places[r][b, h, i] - places[s][b, h, j])
+            if buckets is not None:
+                found = found & (buckets[r][b, h, i] == buckets[r][b, h, j])
+            return found
+
+        return listed
 
     def mask_mod(self, p: Problem, device: torch.device, state: Rounds | None = None) -> MaskMod:
         """The union of all rounds' candidates, in token order.

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from methods.banded import Banded, merged_bands
 from methods.compiled import compiled_copy
+from methods.first_order import first_order
 from methods.flash_kernels import Kernel, Spans, kernel_for, spans
 from methods.method import Method, Problem
 
@@ -199,7 +199,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         dout, total = dout.reshape(out.shape), None

@@ -11,6 +11,7 @@ import run_bench
 from bench import profile
 from bench.kernels import described
 from bench.profile import BETWEEN, Line, calls, kernels_of, print_profile, read_profile, shown
+from bench.sweep import expand
 from bench.tables import write_table
 
 LINE = Line(
@@ -74,6 +75,11 @@ def test_the_table_names_the_call_and_each_share():
             "_at__tensor000o111012_0",
             "FlashAttentionBackwardSm90",
         ),
+        (
+            "void at::native::(anonymous namespace)::elementwise_kernel_with_index<int, "
+            "at::native::arange_cuda_out(c10::Scalar const&)::{lambda()#1}>(int)",
+            "at::native::elementwise_kernel_with_index",
+        ),
         ("triton_tem_fused_0", "triton_tem_fused_0"),
     ],
 )
@@ -88,3 +94,52 @@ def test_without_a_gpu_it_is_refused_in_one_line(capsys, tmp_path):
     complaint = capsys.readouterr().err
     assert "profile needs a CUDA device" in complaint and complaint.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A CUDA device as far as a request is looked at; nothing runs there."""
+    monkeypatch.setattr(profile, "named_device", lambda text: torch.device("cuda:0"))
+    monkeypatch.setattr(profile, "expand", lambda asked: expand(replace(asked, device="cpu")))
+    monkeypatch.setattr(profile, "compile_ahead", lambda *asked: {})
+
+
+COMMAND = ["profile", "--methods", "spattention", "--backends", "blockwise", "--run", "x"]
+
+
+def outcome(monkeypatch, tmp_path, answer):
+    def ran(function, jobs, set_up, time_limit, on_done, most):
+        assert most == 1
+        return [(job, answer) for job in jobs if answer is not None]
+
+    monkeypatch.setattr(profile, "side_by_side", ran)
+    return run_bench.main([*COMMAND, "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "said"),
+    [
+        ((CALL, []), 0, "large"),
+        (([], [("a call", "unsupported", "too wide")]), 0, "a call: unsupported: too wide"),
+        (([], [("a call", "oom", "too much")]), 0, "a call: oom"),
+        (([], [("a call", "mismatch", "out is off")]), 1, "a call: mismatch: out is off"),
+        (None, 1, "spattention on blockwise, N = 4096, heads 8, dim 128, bfloat16: crash: no"),
+    ],
+)
+def test_a_failed_check_or_a_dead_process_is_the_exit_status(
+    monkeypatch, tmp_path, capsys, on_a_gpu, answer, status, said
+):
+    assert outcome(monkeypatch, tmp_path, answer) == status
+    assert said in capsys.readouterr().out
+    assert len(read_profile(tmp_path / "results" / "x.csv")) == (
+        len(CALL) if answer and answer[0] else 0
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_a_run_of_that_name_is_left_alone(monkeypatch, tmp_path, capsys, on_a_gpu):
+    assert outcome(monkeypatch, tmp_path, (CALL, [])) == 0
+    assert outcome(monkeypatch, tmp_path, ([], [])) == 2
+    assert capsys.readouterr().err.endswith("x.csv exists; choose another --run\n")
+    assert run_bench.main(["plot", str(tmp_path / "results" / "x.csv")]) == 0
+    assert "100.0 us by the device clock" in capsys.readouterr().out

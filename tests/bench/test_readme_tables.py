@@ -9,7 +9,7 @@ from bench import readme
 from bench.profile import BETWEEN, Line
 from bench.readme import RESULTS, _references, _train, sections
 from bench.readme_proofs import kill_proofs, proofs
-from bench.readme_speeds import TARGETS, WIDTH, profiles, targets
+from bench.readme_speeds import TARGETS, WIDTH, fastest, profiles, targets
 from bench.record import Store
 from bench.tables import write_table
 from tests.bench.rows import make_row
@@ -218,6 +218,28 @@ def test_kills_on_a_gpu_are_counted_beside_those_on_a_cpu(tmp_path):
         cpu, (f"{what} (on the GPU)", "2 of 3 ended with every row once", "`make kills`")
     ]  # fmt: skip
     assert f"| {what} (on the GPU) | 2 of 3 ended" in proofs(tmp_path)
+
+
+def sampled(method, backend, samples, **changes):
+    middle = sorted(samples)[len(samples) // 2]
+    return make_row(
+        method=method, backend=backend, median_us=middle, seq_len=1024, **changes,
+        samples_us=";".join(map(str, samples)), rounds=";".join(map(str, range(len(samples)))),
+    )  # fmt: skip
+
+
+def test_backends_that_samples_do_not_tell_apart_share_the_first_place():
+    noisy = [100.0, 80.0, 120.0, 90.0, 110.0, 100.0, 95.0, 105.0]
+    rows = [
+        sampled("standard", "flex", [400.0] * 8), sampled("standard", "fa4", [300.0] * 8),
+        sampled("spattention", "flex", [101.0, 110.0] * 4),
+        sampled("spattention", "varlen", noisy), sampled("spattention", "flash", [150.0] * 8),
+        sampled("longformer", "flex", [600.0] * 8), sampled("longformer", "flash", [200.0] * 8),
+    ]  # fmt: skip
+    dense, ours, narrow = fastest(rows).splitlines()[2:]
+    assert dense == "| `standard` | 300 us, fa4 |"
+    assert ours.startswith("| `spattention` | 100 us, varlen or flex (3.00x, 2.")
+    assert narrow == "| `longformer` | 200 us, flash (1.50x) |"
 
 
 def test_targets_are_by_the_fastest_backend_of_each_clock():

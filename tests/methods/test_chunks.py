@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from methods import reformer
+from methods import chunks, reformer
 from methods.attend import executor, plan
 from methods.blocks import computed_pairs
 from methods.blockwise import blockwise
@@ -116,3 +116,23 @@ def test_rounds_on_flex_with_lse_are_one_graph(monkeypatch: pytest.MonkeyPatch) 
         expected = run(method, x, v, p, method.prepare(x, x, p))
         torch.testing.assert_close(traced(x, x, v)[0], expected, atol=5e-6, rtol=0)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_every_layout_of_a_tensor_is_compiled_by_itself() -> None:
+    """One compiled function holds eight variants; the ninth would be an error."""
+    wide = torch.randn(2, 3, 8, 64)
+    views = [wide[..., :x] for x in range(9, 64, 6)] + [wide.transpose(1, 2), wide.double()]
+    kinds = {chunks._kind(x) for x in (*views, wide, wide.clone().requires_grad_())}
+    assert len(kinds) == len(views) + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int64])
+@pytest.mark.parametrize("count", [None, 7, 1 << 15, (1 << 31) - 1])
+def test_lines_sorted_at_once_are_sorted_each(dtype: torch.dtype, count: int | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    most = min(count or 1 << 32, torch.iinfo(dtype).max)
+    buckets = torch.randint(most, (2, 3, 40), generator=generator)
+    buckets[..., ::7] = most - 1
+    expected = buckets.argsort(dim=-1, stable=True)
+    found = stable_order(buckets.to(dtype), together=True, count=count)
+    assert torch.equal(found, expected)

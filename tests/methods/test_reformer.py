@@ -308,6 +308,7 @@ def test_bad_parameters(parameters: dict[str, object], message: str) -> None:
         (Reformer(chunk=16, mode="transformers"), "100 tokens are no multiple of chunk 16"),
         (Reformer(chunk=50, n_rounds=1, after=1, mode="transformers"), "ring of 2 chunks"),
         (Reformer(chunk=20, mode="reformer_pytorch"), "N / chunk is 5; give an even n_buckets"),
+        (Reformer(chunk=50, n_buckets=(2,) * 31), "multiply to 2147483648; they must stay below"),
     ],
 )
 def test_parameters_that_do_not_fit(method: Reformer, message: str) -> None:

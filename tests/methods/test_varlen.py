@@ -272,3 +272,10 @@ def test_what_a_call_cannot_bring(reference):
 def test_a_cpu_has_no_kernel():
     with pytest.raises(ValueError, match="for CUDA alone, none for cpu"):
         kernel_for(CPU)
+
+
+def test_a_second_derivative_is_refused(reference):
+    q, k, v = (torch.randn(1, 4, 64, 16, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    out = attend(q, k, v, "spattention", backend="varlen")
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
