@@ -78,7 +78,7 @@ def _headline_cell(board: Board, cell: Cell) -> str:
 
 def _headline_caption(found: Sequence[Board], backend: str) -> str:
     rivals = list(dict.fromkeys(cell.backend for board in found for cell in board.dense()))
-    dense = f" Dense backends of this run: {', '.join(rivals)}." if len(rivals) > 1 else ""
+    dense = f" Dense backends: {', '.join(rivals)}." if len(rivals) > 1 else ""
     head = found[0].head
     return (
         f"Tokens/s, forward + backward, on `{backend}` by the {head.clock} clock; in "

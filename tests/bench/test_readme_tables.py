@@ -7,7 +7,7 @@ import pytest
 
 from bench import readme
 from bench.profile import BETWEEN, Line
-from bench.readme import RESULTS, _references, _train, sections
+from bench.readme import RESULTS, _references, _train, _with_rivals, sections
 from bench.readme_proofs import kill_proofs, proofs
 from bench.readme_speeds import TARGETS, WIDTH, fastest, profiles, targets
 from bench.record import Store
@@ -240,6 +240,13 @@ def test_backends_that_samples_do_not_tell_apart_share_the_first_place():
     assert dense == "| `standard` | 300 us, fa4 |"
     assert ours.startswith("| `spattention` | 100 us, varlen or flex (3.00x, 2.")
     assert narrow == "| `longformer` | 200 us, flash (1.50x) |"
+
+
+def test_dense_attention_of_another_run_is_added_where_a_run_lacks_its_backend():
+    own = [make_row(method="standard"), make_row()]
+    others = [make_row(method="standard", backend=x, run="other") for x in ("flex", "fa4")]
+    found = _with_rivals(own, [*others, make_row(backend="fa4", run="other")])
+    assert found == [*own, others[1]]
 
 
 def test_targets_are_by_the_fastest_backend_of_each_clock():

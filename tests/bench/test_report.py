@@ -238,7 +238,7 @@ def test_headline():
         "| fastest dense | 10.2 M (flex) | 20.5 M (sdpa-cudnn) |",
         "",
         "Tokens/s, forward + backward, on `flex` by the device clock; in brackets the speed-up "
-        "over `standard` on the same backend. Dense backends of this run: flex, sdpa-cudnn. "
+        "over `standard` on the same backend. Dense backends: flex, sdpa-cudnn. "
         "batch 1 · 8 heads · head_dim 128 · bfloat16 · causal · blocks 128x128 · Chip X.",
     ]
 
