@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -136,3 +137,29 @@ def test_lines_sorted_at_once_are_sorted_each(dtype: torch.dtype, count: int | N
     expected = buckets.argsort(dim=-1, stable=True)
     found = stable_order(buckets.to(dtype), together=True, count=count)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("mode", ["exact", "transformers"])
+def test_what_a_gpu_compiles_is_what_a_cpu_runs(
+    monkeypatch: pytest.MonkeyPatch, mode: str, rounds: int
+) -> None:
+    """Each helper is one graph; no kernel is generated here."""
+    method, p = Reformer(chunk=16, n_rounds=rounds, mode=mode, n_buckets=4), problem(96)
+    traced: list[str] = []
+
+    def compiled(function: Callable, *given: object) -> object:
+        traced.append(function.__name__)
+        return torch.compile(function, backend="aot_eager", fullgraph=True)(*given)
+
+    found = []
+    for run_by in (chunks.fused, compiled):
+        monkeypatch.setattr(chunks, "fused", run_by)
+        monkeypatch.setattr(reformer, "fused", run_by)
+        x, v = operands(p)
+        out = run(method, x, v, p, method.prepare(x, x, p))
+        found.append((out, *torch.autograd.grad(out, (x, v), torch.cos(out.detach()))))
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, atol=1e-12, rtol=0)
+    keys = "_of_length_root_d" if mode == "transformers" else "_of_length_1"
+    assert set(traced) == {"nearest", keys, "_spread", "_gathered", "_merged", "_unmerged"}
