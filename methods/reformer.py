@@ -21,6 +21,7 @@ from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, Sco
 MODES = ("exact", "transformers", "reformer_pytorch")
 # As in trax: two rotations in place of one, whose memory would grow with N^2 / chunk.
 MOST_IN_ONE_ROTATION = 128
+FAR = -(1 << 30)  # from every chunk
 MOST_BUCKETS = 1 << 31  # kernels hold them in int32
 # Of a check in float64: tokens a head, and the share that float32 may round into other buckets.
 TOKENS_LOOKED_AT, MOST_OTHER_BUCKETS = 512, 0.01
@@ -218,7 +219,10 @@ class Reformer(Method):
         def inside(difference: Tensor) -> Tensor:
             found = False
             for first, last in spans:
-                found = found | ((difference >= first) & (difference <= last))
+                above, width = difference - first, last - first + 1
+                # Kernels ask this of every pair of tokens: of a power of two in one comparison.
+                one = width & (width - 1) == 0
+                found = found | ((above & -width) == 0 if one else (above >= 0) & (above < width))
             return found
 
         return inside
@@ -241,7 +245,8 @@ class Reformer(Method):
         def before(b: Tensor, h: Tensor, i: Tensor, j: Tensor, r: Tensor) -> Tensor:
             found = False
             for own in range(self.n_rounds - 1):
-                found = found | (listed(own, own, b, h, i, j) & (own < r))
+                # A query that is nowhere near: once a row, where `& (own < r)` is once a pair.
+                found = found | listed(own, own, b, h, i, j, own < r)
             return found
 
         return before
@@ -255,8 +260,14 @@ class Reformer(Method):
         buckets = _each(state.buckets.int()) if self.within_buckets else None
         near = self.near(p.seq_len * self.n_rounds)
 
-        def listed(r: int, s: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            found = near(places[r][b, h, i] - places[s][b, h, j])
+        def listed(
+            r: int, s: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor,
+            counts: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
+            place = places[r][b, h, i]
+            if counts is not None:
+                place = torch.where(counts, place, FAR)
+            found = near(place - places[s][b, h, j])
             if buckets is not None:
                 found = found & (buckets[r][b, h, i] == buckets[r][b, h, j])
             return found
