@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import NamedTuple
@@ -138,11 +138,7 @@ def _specialisation_claims(lines: Iterable[Specialised]) -> Iterator[Claim]:
         "change of the mean entropy", "text", f"{paper.SPECIALISATION_ENTROPY_PERCENT:.2f} %",
         f"{change:.2f} % untrained (`{RELEASED}`)",
     )  # fmt: skip
-    ratios = [
-        min(x.sigma for x in lines if (x.method, x.seed) == (RELEASED, seed))
-        / max(x.sigma for x in lines if (x.method, x.seed) == ("standard", seed))
-        for seed in dict.fromkeys(x.seed for x in lines if x.weights == "untrained")
-    ]
+    ratios = _sigma_ratios(lines)
     yield Claim(
         "sigma of SPAttention over Standard's", "text",
         f"over {paper.SPECIALISATION_SIGMA_RATIO} x",
@@ -155,6 +151,15 @@ def _specialisation_claims(lines: Iterable[Specialised]) -> Iterator[Claim]:
         f"largest entropy of a query, nats; ours where log(N / H) is {limit:.3f}",
         "text", "about log(N / H), against log(i + 1)", ", ".join(bounds),
     )  # fmt: skip
+
+
+def _sigma_ratios(lines: Sequence[Specialised]) -> list[float]:
+    """By seed, the least sigma of the released mask over standard's largest."""
+    return [
+        min(x.sigma for x in lines if (x.method, x.seed) == (RELEASED, seed))
+        / max(x.sigma for x in lines if (x.method, x.seed) == ("standard", seed))
+        for seed in dict.fromkeys(x.seed for x in lines if x.weights == "untrained")
+    ]
 
 
 def untrained_entropy(lines: Iterable[Specialised], method: str) -> float:

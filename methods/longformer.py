@@ -294,11 +294,7 @@ def attend_globals(
         state = method.globals_state(torch.as_tensor(global_tokens, device=q.device), p)
     if global_qkv is None:
         return _run(run, method.layout(q, k, v, p, state, block_size))
-    if [x.shape for x in global_qkv] != [q.shape, k.shape, v.shape]:
-        raise ValueError(
-            f"longformer: global_qkv has shapes {[list(x.shape) for x in global_qkv]}; "
-            f"they must be those of q, k, v: {[list(x.shape) for x in (q, k, v)]}"
-        )
+    _check_shapes(global_qkv, (q, k, v))
     if state is None:
         parts = _prefix_parts(method, p, q.device, block_size)
     else:
@@ -308,6 +304,14 @@ def attend_globals(
         restore=lambda out, lse: _take(out, parts.back),
     )  # fmt: skip
     return _run(run, Layout(q, k, v, parts.ordinary)) + _run(run, rows)
+
+
+def _check_shapes(given: Projections, wanted: Projections) -> None:
+    shapes, allowed = ([list(x.shape) for x in tensors] for tensors in (given, wanted))
+    if shapes != allowed:
+        raise ValueError(
+            f"longformer: global_qkv has shapes {shapes}; they must be those of q, k, v: {allowed}"
+        )
 
 
 def _run(run: Run, layout: Layout) -> Tensor:
