@@ -6,8 +6,8 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -85,19 +85,17 @@ def sweep(request: Sweep, console: Console) -> int:
     Raises:
         ValueError: the request is wrong; nothing was run or written.
     """
-    started = time.perf_counter()
     groups = expand(request)
     csv_path, plots = destination(request.output, groups[0].run, request.resume)
-    with Store(csv_path) as store:
+    clockwork = Clockwork()
+    with Store(csv_path) as store, _timed(csv_path.with_suffix(".time.csv"), clockwork):
         if store.damaged:
             console.print(f"damaged lines: {store.damaged}, now in {store.aside}", highlight=False)
-        clockwork, rows = _measure(request, groups, store, console)
-    with clockwork.on("report"):
-        report.print_report(rows, console)
-        drawn = figures.draw_all(rows, plots) + draw_backends(rows, plots)
-        drawn += _draw_own_masks(request, rows, plots)
-    clockwork.spent["rest"] = time.perf_counter() - started - sum(clockwork.spent.values())
-    _keep_times(csv_path.with_suffix(".time.csv"), clockwork.spent)
+        rows = _measure(request, groups, store, clockwork, console)
+        with clockwork.on("report"):
+            report.print_report(rows, console)
+            drawn = figures.draw_all(rows, plots) + draw_backends(rows, plots)
+            drawn += _draw_own_masks(request, rows, plots)
     _say_where(csv_path, plots, len(drawn), clockwork.spent, console)
     return 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
 
@@ -294,10 +292,10 @@ def must_be_writable(*folders: Path) -> None:
 
 
 def _measure(
-    request: Sweep, groups: list[Group], store: Store, console: Console
-) -> tuple[Clockwork, list[Row]]:
+    request: Sweep, groups: list[Group], store: Store, clockwork: Clockwork, console: Console
+) -> list[Row]:
     """Measures what is not complete yet; every group's rows are on disk before the next."""
-    clockwork, rows = Clockwork(), store.rows
+    rows = store.rows
     with clockwork.on("start"):
         worker = Worker(groups[0].device, request.time_limit)
     with worker, _progress(console) as bar:
@@ -313,7 +311,7 @@ def _measure(
             finished = [row for cell in group.cells for row in measured[cell]]
             rows = _put(rows, finished, store)
             bar.advance(task, len(group.cells))
-    return clockwork, rows
+    return rows
 
 
 def _completed(row: Row, known: Known | None) -> Row:
@@ -380,12 +378,17 @@ def _progress(console: Console) -> Progress:
     )  # fmt: skip
 
 
-def _keep_times(path: Path, spent: dict[str, float]) -> None:
-    """One line for each thing that this run spent its time on, behind those of earlier runs."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    lines = [f"{stamp},{name},{seconds:.2f}\n" for name, seconds in spent.items()]
-    with path.open("a") as file:
-        file.writelines(lines if file.tell() else ["time_utc,spent_on,seconds\n", *lines])
+@contextmanager
+def _timed(path: Path, clockwork: Clockwork) -> Iterator[None]:
+    """Keeps what a run spent its time on, behind earlier runs; an interrupted one's, too."""
+    started, stamp = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    try:
+        yield
+    finally:
+        clockwork.spent["rest"] = time.perf_counter() - started - sum(clockwork.spent.values())
+        lines = [f"{stamp},{name},{seconds:.2f}\n" for name, seconds in clockwork.spent.items()]
+        with suppress(OSError), path.open("a") as file:  # a full disk has been said already
+            file.writelines(lines if file.tell() else ["time_utc,spent_on,seconds\n", *lines])
 
 
 def _say_where(

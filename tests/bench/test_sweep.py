@@ -144,6 +144,18 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(arguments, message, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_run_says_where_its_time_went(monkeypatch, tmp_path):
+    def measure(request, groups, store, clockwork, console):
+        with clockwork.on("sample"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "_measure", measure)
+    assert run_bench.main([*SMALL, "--output", str(tmp_path)]) == 130
+    (path,) = (tmp_path / "results").glob("*.time.csv")
+    lines = path.read_text().splitlines()
+    assert [line.split(",")[1] for line in lines] == ["spent_on", "sample", "rest"]
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     (tmp_path / "results").touch()
     assert run_bench.main([*SMALL, "--output", str(tmp_path)]) == 2
