@@ -104,8 +104,8 @@ def answer(lengths: list[Row], backends: list[Row]) -> str:
     waits = compare(host.row(dense, "fwd_bwd"), host.row(flex, "fwd_bwd"))
     gain = device.over_same_backend(flex, "fwd_bwd").value
     return "\n".join((
-        f"- **Right?** {len(passed)} of {len(rows)} rows behind this page's tables of `flex` and of "
-        f"backends passed the check; the worst took {worst:.0%} of its error budget.",
+        f"- **Right?** {len(passed)} of {len(rows)} rows behind this page's tables of `flex` and "
+        f"of backends passed the check; the worst took {worst:.0%} of its error budget.",
         f"- **Fast?** `spattention` is {gain:.2f} times as fast as `standard` on `flex`, and on "
         f"its fastest backend ({own.backend}) {over_rival:.2f} times as fast as dense attention "
         f"on its own ({rival.backend}), by the device clock. An eager caller, who waits for "
