@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from bench import steps
 from bench.models import MODELS, build, compile_model, model_of_file, parameters
 from bench.step_attention import step_attention
 from bench.steps import World, compile_first, run_job
@@ -28,10 +27,7 @@ from tests.bench.training import (
     step_row,
 )
 
-
-@pytest.fixture(autouse=True)
-def short_calls(monkeypatch):
-    monkeypatch.setattr(steps, "CALL_SECONDS", 0.0)
+pytestmark = pytest.mark.usefixtures("short_calls")
 
 
 @pytest.fixture

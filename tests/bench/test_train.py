@@ -26,20 +26,7 @@ from bench.steps import World, run_job
 from tests.bench.rows import make_row
 from tests.bench.training import CPU, LLAMA, built, config_file, job, losses, some_ids, step_row
 
-
-@pytest.fixture(autouse=True)
-def short_calls(monkeypatch):
-    monkeypatch.setattr(steps, "CALL_SECONDS", 0.0)
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """Graphs are made as ever, but run as they are: no kernel is generated."""
-    compile_once = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **kwargs: compile_once(f, backend="aot_eager", **kwargs)
-    )
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("short_calls")
 
 
 def test_the_losses_of_backends_and_options_agree():
