@@ -34,11 +34,10 @@ def parse_method(spec: str) -> Method:
         ValueError: in one line, what is wrong and what is allowed.
     """
     path = source_file(spec)
-    if path is None and spec.endswith(".py"):
-        raise ValueError(f"method is {spec!r}; one in a file is written FILE.py:NAME")
     if path is None:
         name, _, parameters = spec.partition(":")
-        if Path(f"{name}.py").is_file():
+        # A preset is one whatever files lie here; of another name a file may be meant.
+        if name not in METHODS and (name.endswith(".py") or Path(f"{name}.py").is_file()):
             raise ValueError(f"method is {spec!r}; one in a file is written FILE.py:NAME")
         method = resolve(name)
     else:

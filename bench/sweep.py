@@ -148,9 +148,8 @@ def expand(request: Sweep) -> list[Group]:
         if isinstance(value, tuple):
             request = replace(request, **{field.name: tuple(dict.fromkeys(value))})
     _check_scalars(request)
-    cells = _cells(request)
+    cells, groups = _cells(request), []
     blocks = [_block_size(text) for text in request.block_size]
-    groups = []
     axes = (request.dtype, request.causal, request.head_dim, request.heads, request.batch)
     for dtype, causal, dim, heads, batch in itertools.product(*axes):
         for kv, n, block in itertools.product(
@@ -281,6 +280,7 @@ def _block_size(text: str) -> tuple[int, int]:
 
 
 def must_be_writable(*folders: Path) -> None:
+    """Makes folders. Raises ValueError where one cannot be made or written in."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

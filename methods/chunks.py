@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from methods.compiled import compiled_copy
+from methods.compiled import fused
 from methods.first_order import first_order
 from methods.method import MaskMod, Method, Problem, ScoreMod
 
@@ -159,24 +158,6 @@ class _Merge(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *fused(_unmerged, grad, *ctx.saved_tensors), None, None
-
-
-def fused(function: Callable, *given: Any) -> Any:
-    """function(*given); on a GPU compiled, so that no step between two gathers is written out."""
-    if not given[0].is_cuda or torch.compiler.is_compiling():
-        return function(*given)
-    kinds = (_kind(x) if isinstance(x, Tensor) else x for x in given)
-    return _compiled(function, torch.is_grad_enabled(), tuple(kinds))(*given)
-
-
-def _kind(x: Tensor) -> tuple:
-    """All that torch compiles for: it does so eight times at the most for one function."""
-    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
-
-
-@lru_cache(maxsize=256)
-def _compiled(function: types.FunctionType, grad: bool, kinds: tuple) -> Callable:
-    return compiled_copy(function)
 
 
 def stable_order(buckets: Tensor, together: bool, count: int | None = None) -> Tensor:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _serial = itertools.count()
 
@@ -20,3 +23,21 @@ def compiled_copy(function: types.FunctionType) -> Callable:
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     copy = types.FunctionType(code, function.__globals__, code.co_name)
     return torch.compile(copy, fullgraph=True, dynamic=False)
+
+
+def fused(function: Callable, *given: Any) -> Any:
+    """function(*given); on a GPU compiled, so that no step between is written out."""
+    if not given[0].is_cuda or torch.compiler.is_compiling():
+        return function(*given)
+    kinds = (_kind(x) if isinstance(x, Tensor) else x for x in given)
+    return _compiled(function, torch.is_grad_enabled(), tuple(kinds))(*given)
+
+
+def _kind(x: Tensor) -> tuple:
+    """All that torch compiles for: it does so eight times at the most for one function."""
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+
+
+@lru_cache(maxsize=256)
+def _compiled(function: types.FunctionType, grad: bool, kinds: tuple) -> Callable:
+    return compiled_copy(function)

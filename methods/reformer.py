@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from methods.chunks import PENALTY, Chunks, Listings, Rounds, fused, merge, sort, stable_order
+from methods.chunks import PENALTY, Chunks, Listings, Rounds, merge, sort, stable_order
+from methods.compiled import fused
 from methods.hashing import draw, nearest, parts, rotated
 from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, ScoreMod, static_parts
 

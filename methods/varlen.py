@@ -9,7 +9,7 @@ are calls whose results are merged by their log-sum-exps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from methods.banded import Banded, merged_bands
-from methods.compiled import compiled_copy
+from methods.compiled import fused
 from methods.first_order import first_order
 from methods.flash_kernels import Kernel, Spans, kernel_for, spans
 from methods.method import Method, Problem
 
 # Results of N x D elements a head that are merged: each costs a pass over memory of its own.
 MOST_LAYERS = 2
-
-Merge = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Piece(NamedTuple):
@@ -151,7 +149,7 @@ class Windows:
 
     method: Banded
     problem: Problem
-    _ready: dict[torch.device, tuple[Kernel, tuple[Layer, ...], Merge]] = field(
+    _ready: dict[torch.device, tuple[Kernel, tuple[Layer, ...]]] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -167,8 +165,7 @@ class Windows:
         if q.device not in self._ready:
             kernel = kernel_for(q.device)
             _raise(kernel.refusal(self.problem))
-            merge = compiled_copy(_merge) if q.is_cuda else _merge
-            self._ready[q.device] = kernel, prepared(self.method, self.problem, q.device), merge
+            self._ready[q.device] = kernel, prepared(self.method, self.problem, q.device)
         if self.problem.group > 1:
             # Heads that share keys see them shifted differently: each has its own sequence.
             k, v = (x.repeat_interleave(self.problem.group, dim=1) for x in (k, v))
@@ -184,14 +181,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor,
-        kernel: Kernel, layers: tuple[Layer, ...], merge: Merge,
+        kernel: Kernel, layers: tuple[Layer, ...],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         shape = q.shape
         # Contiguous, [B, H, N, D] is the packed layout of B * H sequences of one head.
         q, k, v = (x.reshape(-1, 1, shape[-1]) for x in (q, k, v))
         out, lse = _layer_forward(kernel, layers[0], q, k, v)
         for layer in layers[1:]:
-            out, lse = merge(out, lse, *_layer_forward(kernel, layer, q, k, v))
+            out, lse = fused(_merge, out, lse, *_layer_forward(kernel, layer, q, k, v))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.shape, ctx.kernel, ctx.layers = shape, kernel, layers
         out, lse = out.view(shape), lse.view(shape[:-1])
@@ -211,7 +208,7 @@ class _Attention(torch.autograd.Function):
             for call in layer.calls:
                 ctx.kernel.backward(dout, q, k, v, out, lse, *grads, call)
             total = grads if total is None else total.add_(grads)
-        return *(x.view(ctx.shape) for x in total), None, None, None
+        return *(x.view(ctx.shape) for x in total), None, None
 
 
 def _layer_forward(

@@ -72,6 +72,16 @@ def test_what_is_wrong_is_one_line(mine, spec, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_beside_it_takes_no_preset_s_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("longformer.py", "ours.py"):
+        (tmp_path / name).touch()
+    assert parse_method("longformer:window=64").window == 64
+    for spec in ("ours:METHOD", "ours.py"):
+        with pytest.raises(ValueError, match=r"one in a file is written FILE\.py:NAME"):
+            parse_method(spec)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from methods import chunks, reformer
+from methods import chunks, compiled, reformer
 from methods.attend import executor, plan
 from methods.blocks import computed_pairs
 from methods.blockwise import blockwise
@@ -123,7 +123,7 @@ def test_every_layout_of_a_tensor_is_compiled_by_itself() -> None:
     """One compiled function holds eight variants; the ninth would be an error."""
     wide = torch.randn(2, 3, 8, 64)
     views = [wide[..., :x] for x in range(9, 64, 6)] + [wide.transpose(1, 2), wide.double()]
-    kinds = {chunks._kind(x) for x in (*views, wide, wide.clone().requires_grad_())}
+    kinds = {compiled._kind(x) for x in (*views, wide, wide.clone().requires_grad_())}
     assert len(kinds) == len(views) + 2
 
 
@@ -148,12 +148,12 @@ def test_what_a_gpu_compiles_is_what_a_cpu_runs(
     method, p = Reformer(chunk=16, n_rounds=rounds, mode=mode, n_buckets=4), problem(96)
     traced: list[str] = []
 
-    def compiled(function: Callable, *given: object) -> object:
+    def as_traced(function: Callable, *given: object) -> object:
         traced.append(function.__name__)
         return torch.compile(function, backend="aot_eager", fullgraph=True)(*given)
 
     found = []
-    for run_by in (chunks.fused, compiled):
+    for run_by in (chunks.fused, as_traced):
         monkeypatch.setattr(chunks, "fused", run_by)
         monkeypatch.setattr(reformer, "fused", run_by)
         x, v = operands(p)
