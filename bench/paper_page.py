@@ -14,6 +14,7 @@ from bench.paper_speeds import ATTENTION_ALONE, Point, Throughput
 from bench.report import quantity
 from bench.specialisation import LOG_FLOOR, RECIPE, Specialised
 from bench.specs import parameters_text
+from bench.tables import markdown
 from methods import METHODS
 
 ROUNDED = 1.5e-4  # how far the mean of figures of four digits can lie from their printed average
@@ -52,7 +53,7 @@ def _claims(results: Results) -> Iterator[str]:
     yield "## Claims"
     yield ""
     heads = ("claim", "where", "the paper", "measured here", "made by")
-    yield from _table(heads, claims(results), numbers=())
+    yield from markdown(heads, claims(results), numbers=())
 
 
 def _masks() -> Iterator[str]:
@@ -92,7 +93,7 @@ def _complexity(lines: Sequence[Complexity]) -> Iterator[str]:
         yield f"N = {n}, H = {h}:"
         yield ""
         counted = [c for c in group if c.reason is None]
-        yield from _table(heads, [_complexity_cells(c, dense) for c in counted])
+        yield from markdown(heads, [_complexity_cells(c, dense) for c in counted])
         for c in group:
             if c.reason is not None:
                 yield ""
@@ -147,7 +148,7 @@ def _micro_benchmark(points: Sequence[Point]) -> Iterator[str]:
         return
     heads = ("mask", "backend", "clock", "dtype", "time", "dense", "the paper", "speed-up",
              "interval", "over fastest dense", "bound, pairs", "bound, blocks")  # fmt: skip
-    yield from _table(heads, map(_point_cells, points), numbers=range(4, len(heads)))
+    yield from markdown(heads, map(_point_cells, points), numbers=range(4, len(heads)))
     yield ""
     yield _sources(points)
 
@@ -189,7 +190,7 @@ def _throughput(lines: Sequence[Throughput]) -> Iterator[str]:
         yield ""
         yield f"Methods {reading}:"
         yield ""
-        yield from _table(heads, map(_throughput_cells, group), numbers=(1, 2, 3, 5, 6, 7))
+        yield from markdown(heads, map(_throughput_cells, group), numbers=(1, 2, 3, 5, 6, 7))
     yield ""
     yield _sources(lines)
 
@@ -236,10 +237,10 @@ def _specialisation(lines: Sequence[Specialised]) -> Iterator[str]:
     heads = ("mask", "weights", "empty rows", "entropy", "sigma", "normalised", "excess",
              "divergence")  # fmt: skip
     groups = [list(group) for _, group in groupby(lines, key=lambda x: (x.method, x.weights))]
-    yield from _table(heads, map(_specialised_cells, groups), numbers=range(2, len(heads)))
+    yield from markdown(heads, map(_specialised_cells, groups), numbers=range(2, len(heads)))
     yield ""
     heads = ("", "entropy, the paper", "reproduced", "sigma, the paper", "reproduced")
-    yield from _table(heads, _reproduced(lines))
+    yield from markdown(heads, _reproduced(lines))
     yield ""
     yield "![Entropy of each head](specialisation.png)"
 
@@ -287,20 +288,9 @@ def _quoted() -> Iterator[str]:
             [*line[:width], *(f"{x:.4f}" for x in line[width : width + len(shown)])]
             for line in table.lines
         )
-        yield from _table((*table.keys, *shown), cells, numbers=range(width, width + len(shown)))
+        yield from markdown((*table.keys, *shown), cells, numbers=range(width, width + len(shown)))
         for line in table.lines:
             *figures, average = line[width : width + len(shown)]
             if abs(mean(figures) - average) > ROUNDED:
                 yield ""
                 yield f"{line[width - 1]}: the mean of its figures is {mean(figures):.4f}."
-
-
-def _table(
-    heads: Sequence[str], lines: Iterable[Sequence[str]], numbers: Iterable[int] | None = None
-) -> Iterator[str]:
-    """A Markdown table; `numbers` are the right-aligned columns, by default all but the first."""
-    numbers = set(range(1, len(heads)) if numbers is None else numbers)
-    yield f"| {' | '.join(heads)} |"
-    yield f"| {' | '.join('---:' if i in numbers else '---' for i in range(len(heads)))} |"
-    for line in lines:
-        yield f"| {' | '.join(line)} |"

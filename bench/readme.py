@@ -22,6 +22,7 @@ from bench.readme_speeds import (
 )  # fmt: skip
 from bench.record import ROOT, Row, read_rows
 from bench.step_attention import IDENTITY
+from bench.tables import markdown
 from methods import METHODS
 
 README = ROOT / "README.md"
@@ -86,12 +87,12 @@ def _measured(pattern: str) -> list[Row]:
 
 
 def _methods() -> str:
-    lines = ["| method | what query i sees | source |", "| --- | --- | --- |"]
+    lines = []
     for name, method in METHODS.items():
         about = (type(method).__doc__ or "").splitlines()[0].rstrip(".")
         about = about.replace("|", "\\|")  # as in |i - j|, which would end the column
-        lines.append(f"| `{name}` | {about} | {method.paper} |")
-    return "\n".join(lines)
+        lines.append((f"`{name}`", about, method.paper))
+    return "\n".join(markdown(("method", "what query i sees", "source"), lines, numbers=()))
 
 
 def _forward(rows: list[Row]) -> str:
@@ -99,18 +100,15 @@ def _forward(rows: list[Row]) -> str:
     chosen = [row for row in rows if (row.backend, row.phase) == ("flex", "fwd")]
     lengths = sorted({row.seq_len for row in chosen})
     us = {(row.method, row.seq_len): row.median_us for row in chosen}
-    lines = [
-        f"| forward, `flex` | {' | '.join(f'N = {n}' for n in lengths)} |",
-        f"| --- |{' ---: |' * len(lengths)}",
-    ]
+    lines = []
     for name in dict.fromkeys(row.method for row in chosen):
         cells = []
         for n in lengths:
             time, base = us[name, n], us["standard", n]
             gain = "" if name == "standard" or time is None else f" ({base / time:.2f}x)"
             cells.append("-" if time is None else f"{time / 1000:.1f} ms{gain}")
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((f"`{name}`", *cells))
+    return "\n".join(markdown(("forward, `flex`", *(f"N = {n}" for n in lengths)), lines))
 
 
 def _references(rows: list[Row]) -> str:
@@ -121,10 +119,8 @@ def _references(rows: list[Row]) -> str:
         raise ValueError(f"the rows differ in more than N and dtype: {'; '.join(sorted(titles))}")
     found = {(b.head.dtype, b.head.seq_len, b.head.clock): b for b in boards(rows)}
     lengths = sorted({row.seq_len for row in rows})
-    lines = [
-        f"| method | reference | dtype | {' | '.join(f'N = {n}: {NOTED}' for n in lengths)} |",
-        f"| --- | --- | --- |{' ---: |' * len(lengths)}",
-    ]
+    heads = ["method", "reference", "dtype", *(f"N = {n}: {NOTED}" for n in lengths)]
+    lines = []
     rivals = dict.fromkeys(
         (Cell(row.method, row.params, row.backend), row.dtype)
         for row in rows
@@ -138,12 +134,13 @@ def _references(rows: list[Row]) -> str:
             _over_reference(found.get((dtype, n, "device")), found.get((dtype, n, "host")), rival)
             for n in lengths
         ]
-        lines.append(f"| `{label}` | {rival.backend} | {dtype} | {' | '.join(cells)} |")
+        lines.append((f"`{label}`", rival.backend, dtype, *cells))
     caption = (
         "Forward + backward of the reference and of `flex`, and how many times as fast `flex` is; "
         "by the device clock, or by the host clock where it says so."
     )
-    return "\n".join([*lines, "", f"{caption} {'; '.join(titles)}."])
+    table = markdown(heads, lines, numbers=range(3, len(heads)))
+    return "\n".join([*table, "", f"{caption} {'; '.join(titles)}."])
 
 
 def _over_reference(device: Board | None, host: Board | None, rival: Cell) -> str:
@@ -171,22 +168,20 @@ def _train(rows: list[Row]) -> str:
     heads = [_training_head(training.head) for training in found]
     if len(set(heads)) < len(heads):
         raise ValueError(f"two trainings have one column: {'; '.join(heads)}")
-    lines = [
-        f"| method | backend | {' | '.join(heads)} |",
-        f"| --- | --- |{' ---: |' * len(heads)}",
-    ]
+    lines = []
     cells = list(dict.fromkeys(cell for training in found for cell in training.cells))
     methods = in_order(cell.method for cell in cells)
     cells.sort(key=lambda cell: (cell.method == IDENTITY.name, methods.index(cell.method)))
     for cell, label in zip(cells, report.labels(cells), strict=True):
-        texts = [_training_cell(training, cell) for training in found]
-        lines.append(f"| `{label}` | {cell.backend} | {' | '.join(texts)} |")
+        texts = (_training_cell(training, cell) for training in found)
+        lines.append((f"`{label}`", cell.backend, *texts))
     titles = dict.fromkeys(train_report.title(x.head, length=False) for x in found)
     caption = (
         f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend. "
         f"`{IDENTITY.name}` is q + k + v in place of attention."
     )
-    return "\n".join([*lines, "", f"{caption} {'; '.join(titles)}."])
+    table = markdown(("method", "backend", *heads), lines, numbers=range(2, 2 + len(heads)))
+    return "\n".join([*table, "", f"{caption} {'; '.join(titles)}."])
 
 
 def _training_head(row: Row) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.record import Row, read_rows
+from bench.tables import markdown
 
 Proof = tuple[str, str, str]
 
@@ -20,8 +21,7 @@ def proofs(results: Path) -> str:
     """
     parts = (_verdict_proofs, _clock_proofs, kill_proofs, _sweep_proofs, _cost_proofs)
     found = [proof for part in parts for proof in part(results)]
-    lines = ["| what | measured | made by |", "| --- | --- | --- |"]
-    return "\n".join(lines + [f"| {what} | {measured} | {by} |" for what, measured, by in found])
+    return "\n".join(markdown(("what", "measured", "made by"), found, numbers=()))
 
 
 def _verdict_proofs(results: Path) -> Iterator[Proof]:
@@ -120,12 +120,12 @@ def faults(results: Path) -> str:
     found = _records(results / "cpu/faults.csv")
     columns = list(dict.fromkeys((x["seq_len"], x["dtype"]) for x in found))
     share = {(x["fault"], x["method"], x["seq_len"], x["dtype"]): x["error_budget"] for x in found}
-    heads = " | ".join(f"N = {n}, {dtype}" for n, dtype in columns)
-    lines = [f"| fault, in `spattention` | {heads} |", f"| --- |{' ---: |' * len(columns)}"]
-    for fault in dict.fromkeys(x["fault"] for x in found):
-        cells = " | ".join(share[fault, "spattention", n, dtype] for n, dtype in columns)
-        lines.append(f"| {fault.replace('_', ' ')} | {cells} |")
-    return "\n".join(lines)
+    heads = ["fault, in `spattention`", *(f"N = {n}, {dtype}" for n, dtype in columns)]
+    lines = [
+        [fault.replace("_", " "), *(share[fault, "spattention", n, x] for n, x in columns)]
+        for fault in dict.fromkeys(x["fault"] for x in found)
+    ]
+    return "\n".join(markdown(heads, lines))
 
 
 def _records(path: Path) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from bench.derived import BASELINE, Board, Cell, boards, compare, in_order
 from bench.profile import BETWEEN, OTHERS, calls, read_profile, shown
 from bench.record import CLOCKS, Row
 from bench.report import NOTHING, labels, problem_title, quantity
+from bench.tables import markdown
 
 # Heads and N, and how many times as fast as dense attention the fastest way was to be there.
 TARGETS = {(8, 4096): 4.2, (8, 16384): 5.8, (16, 32768): 13}
@@ -48,24 +49,24 @@ def headline_markdown(
     if len(titles) > 1:
         raise ValueError(f"the rows differ in more than N: {'; '.join(sorted(titles))}")
     found.sort(key=lambda board: board.head.seq_len)
-    return "\n".join([*_headline_lines(found, backend), "", _headline_caption(found, backend)])
+    heads = ["method", *(f"N = {board.head.seq_len}" for board in found)]
+    table = markdown(heads, _headline_lines(found, backend))
+    return "\n".join([*table, "", _headline_caption(found, backend)])
 
 
-def _headline_lines(found: Sequence[Board], backend: str) -> Iterator[str]:
-    yield _line(["method", *(f"N = {board.head.seq_len}" for board in found)])
-    yield _line(["---", *("---:" for _ in found)])
+def _headline_lines(found: Sequence[Board], backend: str) -> Iterator[Sequence[str]]:
     cells = list(dict.fromkeys(c for board in found for c in board.cells if c.backend == backend))
     methods = in_order(cell.method for cell in cells)
     cells.sort(key=lambda cell: methods.index(cell.method))
     for cell, label in zip(cells, labels(cells), strict=True):
-        yield _line([f"`{label}`", *(_headline_cell(board, cell) for board in found)])
+        yield [f"`{label}`", *(_headline_cell(board, cell) for board in found)]
     dense = [board.fastest_dense("fwd_bwd") for board in found]
     if any(cell is not None and cell.backend != backend for cell in dense):
         texts = (
             f"{quantity(board.tokens_per_s(cell))} ({cell.backend})" if cell else NOTHING
             for board, cell in zip(found, dense, strict=True)
         )  # fmt: skip
-        yield _line(["fastest dense", *texts])
+        yield ["fastest dense", *texts]
 
 
 def _headline_cell(board: Board, cell: Cell) -> str:
@@ -85,10 +86,6 @@ def _headline_caption(found: Sequence[Board], backend: str) -> str:
         f"brackets the speed-up over `{BASELINE}` on the same backend.{dense} "
         f"{problem_title(head, without=['seq_len'])}."
     )
-
-
-def _line(texts: Iterable[str]) -> str:
-    return f"| {' | '.join(texts)} |"
 
 
 def answer(lengths: list[Row], backends: list[Row]) -> str:
@@ -127,10 +124,7 @@ def _point(rows: Iterable[Row], clock: str) -> Board:
 def clocks(rows: list[Row]) -> str:
     """The paper's point by both clocks, over `standard` on flex; what sparsity would allow."""
     found = [_point(rows, clock) for clock in ("device", "host")]
-    lines = [
-        "| method | backend | device clock | ideal by pairs, blocks | host clock |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    lines = []
     for cell in found[0].cells:
         times = []
         for board in found:
@@ -140,8 +134,9 @@ def clocks(rows: list[Row]) -> str:
             times.append(f"{row.median_us:.0f} us ({gain.ratio:.2f}x{spread})")
         ideals = (found[0].ideal_by_elements(cell), found[0].ideal_by_blocks(cell))
         ideal = ", ".join(f"{x:.2f}x" if x else NOTHING for x in ideals)
-        lines.append(_line((f"`{cell.method}`", cell.backend, times[0], ideal, times[1])))
-    return "\n".join(lines)
+        lines.append((f"`{cell.method}`", cell.backend, times[0], ideal, times[1]))
+    heads = ("method", "backend", "device clock", "ideal by pairs, blocks", "host clock")
+    return "\n".join(markdown(heads, lines, numbers=(2, 3, 4)))
 
 
 def fastest(rows: list[Row]) -> str:
@@ -149,10 +144,11 @@ def fastest(rows: list[Row]) -> str:
     found = [board for board in boards(rows) if board.head.clock == "device"]
     found.sort(key=lambda board: (board.head.q_heads, board.head.seq_len))
     heads = [f"H = {board.head.q_heads}, N = {board.head.seq_len}" for board in found]
-    lines = [_line(["fastest backend", *heads]), f"| --- |{' ---: |' * len(found)}"]
-    for method in in_order(row.method for row in rows):
-        lines.append(_line([f"`{method}`", *(_fastest_cell(board, method) for board in found)]))
-    return "\n".join(lines)
+    lines = (
+        (f"`{method}`", *(_fastest_cell(board, method) for board in found))
+        for method in in_order(row.method for row in rows)
+    )
+    return "\n".join(markdown(("fastest backend", *heads), lines))
 
 
 def _fastest_cell(board: Board, method: str) -> str:
@@ -177,10 +173,7 @@ def targets(rows: list[Row]) -> str:
     """Aimed at and reached: `spattention` over dense attention, each on its fastest backend."""
     found = {(board.head.q_heads, board.head.seq_len, board.head.clock): board
              for board in boards(rows)}  # fmt: skip
-    lines = [
-        "| point | clock | dense | `spattention` | times as fast | aim |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    lines = []
     for (heads, n), aim in TARGETS.items():
         for clock in ("device", "host"):
             board = found[heads, n, clock]
@@ -189,8 +182,9 @@ def targets(rows: list[Row]) -> str:
             gain = compare(*(board.row(cell, "fwd_bwd") for cell in best))
             reached = f"{gain.ratio:.2f}x ({gain.low:.2f} to {gain.high:.2f})"
             aimed = f"{aim}x" if clock == "device" else ""
-            lines.append(_line((f"H = {heads}, N = {n}", clock, *cells, reached, aimed)))
-    return "\n".join(lines)
+            lines.append((f"H = {heads}, N = {n}", clock, *cells, reached, aimed))
+    columns = ("point", "clock", "dense", "`spattention`", "times as fast", "aim")
+    return "\n".join(markdown(columns, lines, numbers=range(2, 6)))
 
 
 def profiles(path: Path, least: float = 0.02) -> str:
@@ -199,10 +193,7 @@ def profiles(path: Path, least: float = 0.02) -> str:
     heads = [f"N = {x.seq_len}, {x.phase}: {x.call_us:.0f} us" for x, *_ in found]
     parts = [{kernel: us for kernel, _, us in shown(call, least)} for call in found]
     kernels = sorted({x for part in parts for x in part}, key=lambda x: _place(x, parts))
-    lines = [
-        f"| kernel | {' | '.join(heads)} |",
-        f"| --- |{' ---: |' * len(found)}",
-    ]
+    lines = []
     for kernel in kernels:
         cells = [
             f"{part[kernel]:.0f} us, {part[kernel] / call[0].call_us:.0%}"
@@ -211,8 +202,8 @@ def profiles(path: Path, least: float = 0.02) -> str:
             for part, call in zip(parts, found, strict=True)
         ]
         name = kernel if len(kernel) <= WIDTH else f"{kernel[:WIDTH]}..."
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((name, *cells))
+    return "\n".join(markdown(("kernel", *heads), lines))
 
 
 def _place(kernel: str, parts: list[dict[str, float]]) -> tuple[bool, bool, float]:
@@ -224,10 +215,7 @@ def rounds(rows: list[Row]) -> str:
     """Reformer by its rounds of hashing: time, and the part of the forward before the kernel."""
     found = [board for board in boards(rows) if board.head.clock == "device"]
     found.sort(key=lambda board: board.head.seq_len)
-    lines = [
-        f"| `reformer` | {' | '.join(f'N = {board.head.seq_len}' for board in found)} |",
-        f"| --- |{' ---: |' * len(found)}",
-    ]
+    lines = []
     for cell in found[0].cells:
         if cell.method == BASELINE:
             continue
@@ -235,34 +223,28 @@ def rounds(rows: list[Row]) -> str:
         for board in found:
             ms, share = board.us(cell, "fwd_bwd") / 1000, board.prepare_share(cell)
             cells.append(f"{ms:.2f} ms, {share:.0%}")
-        lines.append(f"| `{rounds}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((f"`{rounds}`", *cells))
+    heads = ("`reformer`", *(f"N = {board.head.seq_len}" for board in found))
+    return "\n".join(markdown(heads, lines))
 
 
 def stand_ins(rows: list[Row]) -> str:
     """The released stand-ins beside the methods that they stand for: pairs, blocks and time."""
-    pairs = (
-        "longformer",
-        "mehc_longformer",
-        "bigbird",
-        "mehc_bigbird",
-        "reformer",
-        "mehc_reformer",
-    )
+    published = ("longformer", "bigbird", "reformer")
     lengths = (4096, 16384, 32768)
     found = {
         (row.method, row.seq_len): row
         for row in rows
         if (row.phase, row.clock, row.backend) == ("fwd_bwd", "device", "flex")
     }
-    columns = " | ".join(f"N = {n}: pairs, blocks, time" for n in lengths)
-    lines = [f"| method | {columns} |", f"| --- |{' ---: |' * len(lengths)}"]
-    for name in pairs:
+    lines = []
+    for name in (x for own in published for x in (own, f"mehc_{own}")):
         cells = []
         for n in lengths:
             row, dense = found[name, n], found["standard", n]
             allowed = 100 * row.allowed_pairs / dense.allowed_pairs
             computed = 100 * row.computed_pairs / dense.computed_pairs
             cells.append(f"{allowed:.1f} %, {computed:.1f} %, {row.median_us / 1000:.2f} ms")
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((f"`{name}`", *cells))
+    heads = ("method", *(f"N = {n}: pairs, blocks, time" for n in lengths))
+    return "\n".join(markdown(heads, lines))

@@ -1,9 +1,9 @@
-"""Small tables as CSV: a frozen dataclass a line, None as an empty field."""
+"""Small tables: as CSV, a frozen dataclass a line, None as an empty field; and as Markdown."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TypeVar, get_type_hints
@@ -38,3 +38,14 @@ def read_table(path: Path, kind: type[Line]) -> list[Line]:
             return [kind(**{k: decode(k, v, hints) for k, v in line.items()}) for line in reader]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {reader.line_num}: damaged ({error})") from None
+
+
+def markdown(
+    heads: Sequence[str], lines: Iterable[Sequence[str]], numbers: Iterable[int] | None = None
+) -> Iterator[str]:
+    """A Markdown table; `numbers` are the right-aligned columns, by default all but the first."""
+    numbers = set(range(1, len(heads)) if numbers is None else numbers)
+    yield f"| {' | '.join(heads)} |"
+    yield f"| {' | '.join('---:' if i in numbers else '---' for i in range(len(heads)))} |"
+    for line in lines:
+        yield f"| {' | '.join(line)} |"
