@@ -167,7 +167,7 @@ def executor(backend: str, p: Problem, block_size: tuple[int, int] = (128, 128))
     if backend == "blockwise":
         return lambda x: blockwise(x.q, x.k, x.v, x.block_mask, x.score_mod)
     call = _flex if backend == "eager" else compiled_copy(_flex)
-    options = _flash_options(p, block_size) if backend == "flash" else _tiles(block_size)
+    options = _flash_options(p, block_size) if backend == "flash" else _tiles(p, block_size)
     grouped = p.group > 1
     return lambda x: call(x.q, x.k, x.v, x.block_mask, x.score_mod, grouped, x.needs_lse, options)
 
@@ -187,21 +187,35 @@ def _flash_options(p: Problem, block_size: tuple[int, int]) -> dict[str, str]:
     return {"BACKEND": "FLASH"}
 
 
-def _tiles(block_size: tuple[int, int]) -> dict[str, int] | None:
-    """Tile sizes of the CUDA kernels for blocks below 128; None leaves the choice to torch.
+def _tiles(p: Problem, block_size: tuple[int, int]) -> dict[str, int | str] | None:
+    """What the CUDA kernels are to do otherwise than torch has them; None is nothing.
 
     A tile must divide its block, and in the backward M1 must divide N1 and N2 must divide M2;
-    torch has one default configuration, made for blocks of 128.
+    torch has one default configuration, made for blocks of 128. For float32 it multiplies without
+    tensor cores; three TF32 products are as exact, and leave room for larger tiles backward.
     """
     rows, keys = block_size
-    if min(rows, keys) >= 128:
-        return None
-    small = min(32, rows, keys)
-    return {
-        "fwd_BLOCK_M": min(128, rows), "fwd_BLOCK_N": min(64, keys),
-        "bwd_BLOCK_M1": small, "bwd_BLOCK_N1": min(64, keys),
-        "bwd_BLOCK_M2": min(64, rows), "bwd_BLOCK_N2": small,
-    }  # fmt: skip
+    small, options = min(32, rows, keys), {}
+    if min(rows, keys) < 128:
+        options = {
+            "fwd_BLOCK_M": min(128, rows), "fwd_BLOCK_N": min(64, keys),
+            "bwd_BLOCK_M1": small, "bwd_BLOCK_N1": min(64, keys),
+            "bwd_BLOCK_M2": min(64, rows), "bwd_BLOCK_N2": small,
+        }  # fmt: skip
+    if p.dtype == "float32" and p.head_dim <= 128 and _three_tf32():
+        options |= {
+            "bwd_BLOCK_M1": small, "bwd_BLOCK_N1": small, "bwd_BLOCK_M2": small,
+            "bwd_BLOCK_N2": small, "bwd_num_warps": 4, "bwd_num_stages": 1,
+            "FLOAT32_PRECISION": "'tf32x3'",
+        }  # fmt: skip
+    return options or None
+
+
+def _three_tf32() -> bool:
+    """Whether products of float32 are to be exact, on a chip that has TF32."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    cuda = torch.cuda.is_available() and torch.version.hip is None
+    return exact and cuda and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _flex(

@@ -40,6 +40,6 @@ def test_a_profile_names_the_kernels_and_adds_up(tmp_path, capsys):
     for call in found:
         kernels = [line for line in call if line.kernel != BETWEEN]
         assert "flex_attention" in kernels[0].kernel and kernels[0].launches == 1
-        assert sum(line.us for line in call) == pytest.approx(call[0].call_us)
+        assert sum(line.us for line in call) == pytest.approx(call[0].call_us, rel=1e-4)
         assert sum(line.us for line in kernels) > call[0].call_us / 2
     assert "flex_attention_backward" in capsys.readouterr().out
