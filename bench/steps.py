@@ -39,6 +39,7 @@ ATTENTION = re.compile(r"flex_attention|flash|fmha|sdpa|attention|attn", re.IGNO
 GATE = "allowed_pairs", "computed_pairs", *ERRORS
 # Of the attention call by itself, whose speed-up bounds that of a step.
 CALL_ROUNDS, CALL_SECONDS = 10, 2.0
+PROFILED = 5  # steps in a row: after a rest a chip is faster than in the middle of a training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,23 +348,29 @@ def _mark(device: torch.device) -> torch.cuda.Event | float:
 def kernel_split(
     step: Callable[[], None], device: torch.device, is_attention: bool
 ) -> tuple[float | None, float | None]:
-    """Microseconds of one step in kernels of attention, and in others, by their names.
+    """Microseconds of a step in kernels of attention, and in others, by their names.
 
     What runs at once counts once, as attention. None on a CPU, and where no kernel is named
     for attention though there is some.
     """
     if device.type == "cpu":
         return None, None
+
+    def steps() -> None:
+        for _ in range(PROFILED):
+            step()
+
     timing.kernel_events(step, device)  # the profiler's own start
     spans = [
         (event.time_range.start, event.time_range.end, bool(ATTENTION.search(event.name)))
-        for event in timing.kernel_events(step, device)
+        for event in timing.kernel_events(steps, device)
         if not event.is_user_annotation
     ]
     attention = covered((start, end) for start, end, named in spans if named)
     if is_attention and not attention:
         return None, None
-    return attention, covered((start, end) for start, end, _ in spans) - attention
+    busy = covered((start, end) for start, end, _ in spans)
+    return attention / PROFILED, (busy - attention) / PROFILED
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:

@@ -17,6 +17,7 @@ from types import TracebackType
 
 import torch
 import torch._functorch.config
+import torch._inductor.config
 
 from bench import chip, timing
 from bench.ceilings import measure_ceilings
@@ -175,8 +176,12 @@ def set_up_sweep() -> None:
 
 
 def set_up() -> None:
-    """Ends with the parent; and has flash-attn-4 keep what it compiles."""
+    """Ends with the parent; tunes kernels alone; and has flash-attn-4 keep what it compiles."""
     end_with_parent()
+    # torch times some kernels in several shapes and keeps the best on disk. What a process finds
+    # that shares the device with others which compile is no more than noise: the one that
+    # measures is to look for itself.
+    torch._inductor.config.autotune_local_cache = False
     # flash-attn-4 compiles for seconds, and keeps nothing on disk unless told to.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     # Its compiler says so of every kernel, of an argument that its authors leave empty.

@@ -104,18 +104,32 @@ def test_kernels_are_split_by_name_and_what_overlaps_counts_once(monkeypatch):
         span = SimpleNamespace(start=start, end=end)
         return SimpleNamespace(name=name, time_range=span, is_user_annotation=annotation)
 
-    events = [
+    of_a_step = [
         event("## Call CompiledFxGraph ##", 0, 1000, True), event("gemm", 0, 10),
         event("triton_tem_fused_flex_attention_0", 10, 30), event("ncclDevKernel", 25, 45),
         event("pytorch_flash::flash_fwd_kernel", 50, 55),
     ]  # fmt: skip
-    monkeypatch.setattr(steps.timing, "kernel_events", lambda step, device: events)
+    ran = []
+
+    def step():
+        for e in of_a_step:
+            start, end = (100 * len(ran) + x for x in (e.time_range.start, e.time_range.end))
+            events.append(event(e.name, start, end, e.is_user_annotation))
+        ran.append(None)
+
+    def kernel_events(call, device):
+        events.clear()
+        call()
+        return events
+
+    events = []
+    monkeypatch.setattr(steps.timing, "kernel_events", kernel_events)
     cuda = torch.device("cuda:0")
-    assert steps.kernel_split(None, cuda, True) == (25, 25)
-    del events[2], events[-1]
-    assert steps.kernel_split(None, cuda, True) == (None, None)
-    assert steps.kernel_split(None, cuda, False) == (0, 30)
-    assert steps.kernel_split(None, CPU, True) == (None, None)
+    assert steps.kernel_split(step, cuda, True) == (25, 25)
+    del of_a_step[2], of_a_step[-1]
+    assert steps.kernel_split(step, cuda, True) == (None, None)
+    assert steps.kernel_split(step, cuda, False) == (0, 30)
+    assert steps.kernel_split(step, CPU, True) == (None, None)
 
 
 def made(method="standard", us=100.0, **changes):

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import bench.worker as worker_module
-from bench.ahead import compile_ahead, compile_jobs
+from bench.ahead import compile_ahead, compile_jobs, side_by_side
 from bench.cells import Cell, Group
 from bench.measure import Clockwork
 from bench.record import ROOT, environment
-from bench.worker import CellFailed, Worker
+from bench.worker import CellFailed, Worker, set_up_sweep
 from methods import Problem
 from tests.bench.rows import make_row
 
@@ -162,6 +162,15 @@ def _runs(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def keeps_tuned_shapes(_: int) -> bool:
+    return torch._inductor.config.autotune_local_cache
+
+
+def test_no_process_takes_over_what_another_tuned():
+    found = side_by_side(keeps_tuned_shapes, [(1,), (2,)], set_up_sweep, 60.0, lambda: None)
+    assert [kept for _, kept in found] == [False, False]
 
 
 def test_compiling_ahead_survives_a_death(group):
