@@ -81,10 +81,12 @@ class Run:
     def wait(self) -> int:
         try:
             return self.process.wait(RUN_S)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # Ctrl-C too: what is left would disturb what comes next
             for pid in (self.process.pid, *self.alive()):
                 _kill(pid)
-            return self.process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return self.process.wait()
+            raise
 
     def wait_until(self, moment: float) -> bool:
         """Whether the run still goes on at that moment."""
