@@ -177,6 +177,12 @@ class BigBird(Method):
         if state is None:
             drawn = draw_blocks(p.q_heads, self.n_blocks(p), self.n_random, self.seed, p.causal)
             state = self.drawn_blocks(drawn, p)
+        elif not isinstance(state, Tensor) or state.shape[:2] != (p.q_heads, self.n_blocks(p)):
+            found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(
+                f"bigbird: the state is {found}; it must be what drawn_blocks gives for "
+                f"{p.q_heads} heads of {p.seq_len} tokens"
+            )
         return list(state.to(device).movedim(-1, 0).contiguous())
 
     def _counter(

@@ -17,6 +17,8 @@ cached keys where the mask depends on the number of tokens and `seq_len` does no
 Keyword arguments of the model's forward reach the method (`generate` takes none that it does not
 know):
     global_tokens: Longformer's global tokens of each sample, bool [B, N], in place of its prefix.
+    attention_state: for every layer, in place of what each would draw or hash: BigBird's
+        `drawn_blocks` (with `seq_len`, of so many tokens) or Reformer's `rounds`.
     share_qk: True makes the model's queries its keys too, as Reformer demands.
 """
 
@@ -34,10 +36,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from methods.attend import BACKENDS, attend
+from methods.bigbird import BigBird
 from methods.longformer import GlobalTokens, Longformer
 from methods.method import Method, Problem
 from methods.pinned import Pinned, Spans
 from methods.presets import METHODS, resolve
+from methods.reformer import Reformer
 
 # transformers reads a meaning into names that contain these.
 RESERVED = ("eager", "sdpa", "flash", "flex_attention", "|", "/")
@@ -93,15 +97,15 @@ class Call:
         offset: position of the first query; keys before it come from a cache.
         spans: where each sample's tokens are, or None without padding.
         columns: of the padding mask; 0 without one.
-        given: what global tokens given to the layers became, by the id of their tensor, which
-            they keep alive.
+        given: what global tokens or a state given to the layers became, by the id of the object,
+            which they keep alive.
     """
 
     causal: bool
     offset: int
     spans: Spans | None = None
     columns: int = 0
-    given: dict[int, tuple[Tensor, Spans]] = field(default_factory=dict)
+    given: dict[int, tuple[Any, Spans]] = field(default_factory=dict)
 
     def contiguous(self) -> Call:
         """What `generate` asks of a mask first where the cache is of a fixed size.
@@ -168,7 +172,8 @@ class Interface:
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         attention_mask: Call | None, scaling: float | None = None, dropout: float = 0.0,
-        global_tokens: Tensor | None = None, share_qk: bool = False, **kwargs: Any,
+        global_tokens: Tensor | None = None, attention_state: Any = None, share_qk: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """What a layer calls: q [B, Hq, N, D], k and v [B, Hkv, N, D] -> [B, N, Hq, D], None."""
         self._refuse(module, query, key, attention_mask, dropout, share_qk, kwargs)
@@ -187,7 +192,7 @@ class Interface:
         if share_qk:
             # Reformer demands the very tensor; its keys are normalised.
             key = query if self.method.shared_qk else unscaled
-        method, state = self._placed(call, key, global_tokens)
+        method, state = self._placed(call, key, global_tokens, attention_state)
         if key.shape[2] == tokens:
             out = attend(query, key, value, method, call.causal, self.backend, state=state)
         else:
@@ -230,48 +235,54 @@ class Interface:
         raise ValueError(f"{self.name}: {why}")
 
     def _placed(
-        self, call: Call, key: Tensor, global_tokens: Tensor | None
-    ) -> tuple[Method, Spans | None]:
+        self, call: Call, key: Tensor, global_tokens: Tensor | None, given: Any
+    ) -> tuple[Method, Any]:
         """The method of a call and its state."""
-        spans = call.spans
-        if self.seq_len is None and spans is None and global_tokens is None:
+        self._refuse_state(call, global_tokens, given)
+        own, spans = given if global_tokens is None else global_tokens, call.spans
+        if not self.method.static:
+            return self.method, given
+        if self.seq_len is None and spans is None and own is None:
             return self.method, None
         pinned = Pinned(self.method, self.seq_len)
-        if not self.method.static:
-            raise ValueError(f"{self.name}: {self.method.name}'s order has no padding")
-        if spans is not None and self.seq_len is None and not self.method.grows(call.causal):
-            raise ValueError(
-                f"{self.name}: its mask depends on the number of tokens, so padding would change "
-                "it; fix it by register(seq_len=...)"
-            )
-        if global_tokens is None:
+        if own is None:
             return pinned, spans
         # The layers of a call share what they make, block masks above all.
-        if id(global_tokens) not in call.given:
-            spans = self._with_globals(call, pinned, global_tokens, key)
-            call.given[id(global_tokens)] = global_tokens, spans
-        return pinned, call.given[id(global_tokens)][1]
+        if id(own) not in call.given:
+            spans = spans or _whole(key)
+            inner = own if own is given else self._globals(spans, pinned, own, key)
+            call.given[id(own)] = own, replace(spans, inner=inner, parts={})
+        return pinned, call.given[id(own)][1]
 
-    def _with_globals(
-        self, call: Call, pinned: Pinned, global_tokens: Tensor, key: Tensor
-    ) -> Spans:
-        """Where the tokens of samples are, and which of them are global."""
-        if not isinstance(self.method, Longformer):
-            raise ValueError(f"{self.name} has no global tokens to be given; longformer has")
-        if not isinstance(global_tokens, Tensor):
+    def _refuse_state(self, call: Call, global_tokens: Any, given: Any) -> None:
+        method, padded = self.method, call.spans is not None
+        if global_tokens is not None and not isinstance(method, Longformer):
+            why = " has no global tokens to be given; longformer has"
+        elif global_tokens is not None and not isinstance(global_tokens, Tensor):
             kind = type(global_tokens).__name__
-            raise ValueError(f"{self.name}: global_tokens is a {kind}; it must be a bool tensor")
-        batch, tokens, device = key.shape[0], key.shape[2], key.device
-        p = Problem(batch=batch, seq_len=tokens)
-        given = self.method.globals_state(global_tokens.to(device), p).tokens
-        spans = call.spans
-        if spans is None:
-            start = torch.zeros(batch, dtype=torch.int32, device=device)
-            spans = Spans(start, start + tokens)
+            why = f": global_tokens is a {kind}; it must be a bool tensor"
+        elif given is not None and not isinstance(method, (BigBird, Reformer)):
+            why = " has no attention_state to be given; bigbird and reformer have"
+        elif padded and not method.static:
+            why = f": {method.name}'s order has no padding"
+        elif padded and self.seq_len is None and not method.grows(call.causal):
+            why = (
+                ": its mask depends on the number of tokens, so padding would change "
+                "it; fix it by register(seq_len=...)"
+            )
+        else:
+            return
+        raise ValueError(f"{self.name}{why}")
+
+    def _globals(
+        self, spans: Spans, pinned: Pinned, global_tokens: Tensor, key: Tensor
+    ) -> GlobalTokens:
+        """Which tokens of samples are global, in positions of the pattern."""
+        p = Problem(batch=key.shape[0], seq_len=key.shape[2])
+        given = self.method.globals_state(global_tokens.to(key.device), p).tokens
         length = pinned.drawn_for(p).seq_len
-        index = torch.arange(length, device=device) + spans.start.to(device)[:, None]
-        inner = GlobalTokens(F.pad(given, (0, length)).gather(1, index))
-        return replace(spans, inner=inner, parts={})
+        index = torch.arange(length, device=key.device) + spans.start.to(key.device)[:, None]
+        return GlobalTokens(F.pad(given, (0, length)).gather(1, index))
 
     def _last_rows(
         self, call: Call, query: Tensor, key: Tensor, value: Tensor, state: Spans | None
@@ -316,6 +327,12 @@ def _causality(
     if not mask_function(b, h, place, torch.zeros_like(place)).all():
         return None
     return True if not ahead.any() else False if ahead.all() else None
+
+
+def _whole(key: Tensor) -> Spans:
+    """Samples without padding: all tokens of k [B, Hkv, N, D]."""
+    start = torch.zeros(key.shape[0], dtype=torch.int32, device=key.device)
+    return Spans(start, start + key.shape[2])
 
 
 def _spans(valid: Tensor, name: str) -> Spans | None:

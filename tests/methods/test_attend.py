@@ -116,6 +116,9 @@ def test_random_blocks_of_the_callers_own():
     scores = q[:, :, 95:] @ k[:, :, keys].mT / 4
     expected = scores.softmax(-1) @ v[:, :, keys]
     torch.testing.assert_close(out[:, :, 95:], expected, atol=1e-12, rtol=0)
+    for state, found in ((drawn[:, :5], r"\[4, 5, 1\]"), ([[2]], "list")):
+        with pytest.raises(ValueError, match=f"^bigbird: the state is {found}; it must be what"):
+            attend(q, k, v, method, state=state)
 
 
 def test_sets_of_global_tokens_share_one_compiled_kernel():

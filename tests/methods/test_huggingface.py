@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from methods import METHODS, Banded, Problem, pinned
+from methods.bigbird import BigBird, draw_blocks
 from methods.huggingface import register
 from methods.reformer import Reformer
 from tests.methods.models import KINDS, register_dense, run, small_model, token_ids
@@ -228,6 +229,28 @@ def test_global_tokens_reach_longformer():
         assert (without - expected)[real].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("seq_len", [None, 128])
+def test_random_blocks_reach_bigbird(seq_len):
+    """Those of another seed, given, make it the method of that seed; padded too."""
+    seeds = [BigBird(block=8, n_random=2, seed=seed) for seed in (0, 5)]
+    register({"bigbird": seeds[0], "other": seeds[1]}, seq_len=seq_len)
+    model, ids = double("llama", "bigbird"), token_ids(2, 100)
+    padding = torch.ones_like(ids)
+    padding[0, :30] = 0
+    p = Problem(batch=2, q_heads=4, seq_len=seq_len or 100)
+    blocks = draw_blocks(4, seeds[1].n_blocks(p), 2, seeds[1].seed, True)
+    state = seeds[1].drawn_blocks(blocks, p)
+    for kwargs in {}, {"attention_mask": padding}:
+        found = model(ids, attention_state=state, **kwargs).logits
+        without = model(ids, **kwargs).logits
+        model.set_attn_implementation("other")
+        expected = model(ids, **kwargs).logits
+        model.set_attn_implementation("bigbird")
+        real = padding.bool() if kwargs else torch.ones_like(ids, dtype=torch.bool)
+        torch.testing.assert_close(found[real], expected[real], **CLOSE)
+        assert (without - expected)[real].abs().max() > 1e-4
+
+
 def test_layers_share_the_block_mask_of_given_global_tokens(monkeypatch):
     built, build = [], pinned.block_mask
     monkeypatch.setattr(pinned, "block_mask", lambda *a, **b: built.append(a) or build(*a, **b))
@@ -299,9 +322,9 @@ def test_registering_twice_changes_nothing_and_gives_the_names():
 def register_dense_shared(name, method):
     """Registers softmax over all scores with q as keys, under what `rows` says of the method."""
 
-    def attention(module, q, k, v, mask, scaling, **_):
+    def attention(module, q, k, v, mask, scaling, attention_state=None, **_):
         p = Problem(batch=len(q), q_heads=q.shape[1], seq_len=q.shape[2], head_dim=q.shape[3])
-        state = method.prepare(q, q, p)
+        state = attention_state or method.prepare(q, q, p)
         every = torch.arange(p.seq_len).expand(p.q_heads, -1)
         scores = q @ method.keys(q).mT * scaling + method.rows(p, q.device, every, state)
         return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
@@ -332,6 +355,20 @@ def test_shared_queries_and_keys_are_dense_attention_under_the_mask(method, kind
             continue
         scale = grad.abs().max().clamp(min=1e-30)
         torch.testing.assert_close(grads[name] / scale, grad / scale, **CLOSE, msg=name)
+
+
+def test_buckets_reach_reformer():
+    method = Reformer(chunk=16, n_rounds=2)
+    register({"reformer": method})
+    names = "reformer", register_dense_shared("dense", method)
+    models = [double("gpt_neox", name) for name in names]
+    p = Problem(batch=2, q_heads=4, seq_len=101)
+    buckets = torch.randint(8, (2, 4, 2, 101), generator=torch.Generator().manual_seed(3))
+    given = {"share_qk": True, "attention_state": method.rounds(buckets, p)}
+    ids = token_ids(2, 101)
+    found, expected = (model(ids, **given).logits for model in models)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert (models[0](ids, share_qk=True).logits - expected).abs().max() > 1e-4
 
 
 class Lsh(Banded):

@@ -67,6 +67,10 @@ REFUSED = {
         lambda m: forward(m, global_tokens=HOLES),
         "spattention has no global tokens to be given; longformer has",
     ),
+    "a state": (
+        lambda m: forward(m, attention_state=HOLES),
+        "spattention has no attention_state to be given; bigbird and reformer have",
+    ),
     "padding": (
         lambda m: forward(m, attention_mask=torch.arange(64)[None] < 50),
         "mask depends on the number of tokens, so padding would change it; fix it by register(",
