@@ -19,6 +19,7 @@ from bench import kernels
 from bench.backends import BACKENDS, BACKWARD_PHASES, first_calls, phase_call
 from bench.cells import Cell, Group
 from bench.failures import CELL_ERRORS
+from bench.recall import Memory, Seen
 from bench.specs import parse_method
 from bench.worker import SPAWN, START_LIMIT, interrupts_held, set_up_sweep
 from methods import Problem
@@ -26,15 +27,17 @@ from methods import Problem
 
 @dataclass(frozen=True)
 class Known:
-    """What a cell's first calls showed.
+    """What a cell's first calls showed, now or in an earlier run.
 
     Attributes:
         compile_s: seconds that they took; None where the on-disk caches had everything.
         ran: the kernels of each phase; empty on a CPU.
+        whole: whether no kernel's name is missed.
     """
 
     compile_s: float | None
-    ran: dict[str, kernels.Ran | None]
+    ran: Seen
+    whole: bool = True
 
 
 T = TypeVar("T")
@@ -48,15 +51,30 @@ Ahead = dict[tuple[Problem, tuple[int, int], Cell], Known]
 
 
 def compile_ahead(
-    groups: Sequence[Group], time_limit: float, on_done: Callable[[], None]
+    groups: Sequence[Group], memory: Memory | None, time_limit: float, on_done: Callable[[], None]
 ) -> Ahead:
     """Compiles every cell's kernels into the on-disk caches, and looks which ones run.
 
     What fails here fails again, with a name, when it is measured.
+
+    Args:
+        memory: of what need not be done again.
+        time_limit: seconds in which no cell ends, after which the rest is given up.
     """
-    jobs = list(compile_jobs(groups))
+    known, jobs = {}, []
+    for group, cell in compile_jobs(groups):
+        seen = memory and memory.recall(group, cell)
+        if seen is None:
+            jobs.append((group, cell))
+        else:
+            known[group.problem, group.block_size, cell] = Known(None, seen)
+            on_done()
     finished = side_by_side(first_call, jobs, set_up_sweep, time_limit, on_done)
-    return {(group.problem, group.block_size, cell): known for (group, cell), known in finished}
+    if memory:
+        memory.add((*job, found.ran) for job, found in finished if found.whole)
+    for (group, cell), found in finished:
+        known[group.problem, group.block_size, cell] = found
+    return known
 
 
 def side_by_side(
@@ -163,12 +181,13 @@ def first_call(group: Group, cell: Cell) -> Known:
         first_calls(attention, inputs, [phase for phase in phases if phase in kind])
         modules.append(kernels.generated())
     seconds = time.perf_counter() - start
-    cold = counters["inductor"]["fxgraph_cache_miss"] > 0
-    ran: dict[str, kernels.Ran | None] = {}
-    if backend.few_kernels and device.type == "cuda":
-        with suppress(*CELL_ERRORS):  # names are missed, seconds are not
-            for phase in phases:
-                forward = phase in _FORWARD
-                sources = slice(*modules[:2]) if forward else slice(*modules[1:])
-                ran[phase] = kernels.ran(phase_call(attention, phase, inputs), device, sources)
-    return Known(seconds if cold else None, ran)
+    seconds_if_cold = seconds if counters["inductor"]["fxgraph_cache_miss"] else None
+    ran: Seen = {}
+    if not backend.few_kernels or device.type != "cuda":
+        return Known(seconds_if_cold, ran)
+    with suppress(*CELL_ERRORS):  # names are missed, seconds are not
+        for phase in phases:
+            forward = phase in _FORWARD
+            sources = slice(*modules[:2]) if forward else slice(*modules[1:])
+            ran[phase] = kernels.ran(phase_call(attention, phase, inputs), device, sources)
+    return Known(seconds_if_cold, ran, whole=len(ran) == len(phases))

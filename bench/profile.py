@@ -106,7 +106,7 @@ def profile(request: Profile, console: Console) -> int:
     if path.exists():
         raise ValueError(f"{path} exists; choose another --run")
     must_be_writable(path.parent)
-    compile_ahead(groups, TIME_LIMIT, lambda: None)
+    compile_ahead(groups, None, TIME_LIMIT, lambda: None)
     # In a process of its own: a kernel may take it down or hang, and this one opens no device.
     jobs = [(group,) for group in groups]
     found = side_by_side(profile_group, jobs, set_up_sweep, TIME_LIMIT, lambda: None, most=1)

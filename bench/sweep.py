@@ -22,6 +22,7 @@ from bench.backends import BACKENDS
 from bench.cells import Cell, Group
 from bench.derived import BASELINE
 from bench.measure import Clockwork
+from bench.recall import Memory
 from bench.record import PHASES, ROOT, Environment, Row, Store, code_hash
 from bench.specs import AUTHOR_ERRORS, parameters_text, parse_method, source_file
 from bench.worker import Worker
@@ -105,7 +106,7 @@ def destination(output: str | None, run: str, resume: bool) -> tuple[Path, Path]
 
     Raises ValueError where it exists and is not to go on, or its folders cannot be written.
     """
-    base = Path(output) if output else ROOT
+    base = Path(output or ROOT)
     csv_path, plots = base / "results" / f"{run}.csv", base / "plots" / run
     if csv_path.exists() and not resume:
         raise ValueError(f"{csv_path} exists; choose another --run, or go on with it by --resume")
@@ -118,9 +119,9 @@ def _draw_own_masks(request: Sweep, rows: Sequence[Row], folder: Path) -> list[P
 
     Their code runs in this process, so only what came through a measurement is drawn.
     """
-    drawn = []
     sound = {(row.method, row.params) for row in rows if row.status == "ok"}
     sound -= {(row.method, row.params) for row in rows if row.status in ("crash", "timeout")}
+    drawn = []
     for spec in filter(source_file, request.methods):
         method = parse_method(spec)
         if (method.name, parameters_text(method)) not in sound:
@@ -257,9 +258,8 @@ def _cells(request: Sweep) -> tuple[Cell, ...]:
     )
     for spec in request.methods:
         if not any(BACKENDS[name].computes(parse_method(spec)) for name in backends):
-            raise ValueError(
-                f"--methods has {spec!r}, which none of {', '.join(backends)} computes"
-            )
+            names = ", ".join(backends)
+            raise ValueError(f"--methods has {spec!r}, which none of {names} computes")
     return cells
 
 
@@ -300,7 +300,8 @@ def _measure(
         worker = Worker(groups[0].device, request.time_limit)
     with worker, _progress(console) as bar:
         todo = [group for group in groups if not _complete(group, rows, worker.environment)]
-        known = _compile(request, todo, clockwork, bar)
+        with clockwork.on("compile ahead"):
+            known = _compile(todo, Memory(worker.environment), request.time_limit, bar)
         task = bar.add_task("measuring", total=sum(len(group.cells) for group in todo))
         for group in todo:
             bar.update(task, description=f"measuring {_title(group)}")
@@ -338,10 +339,9 @@ def _cell_key(row: Row) -> tuple:
     return row.device, row.problem, size, row.method, row.params, row.backend, row.phase
 
 
-def _compile(request: Sweep, todo: list[Group], clockwork: Clockwork, bar: Progress) -> Ahead:
+def _compile(todo: list[Group], memory: Memory, time_limit: float, bar: Progress) -> Ahead:
     task = bar.add_task("compiling ahead", total=sum(1 for _ in compile_jobs(todo)))
-    with clockwork.on("compile ahead"):
-        return compile_ahead(todo, request.time_limit, lambda: bar.advance(task))
+    return compile_ahead(todo, memory, time_limit, lambda: bar.advance(task))
 
 
 def _complete(group: Group, rows: Sequence[Row], env: Environment) -> bool:

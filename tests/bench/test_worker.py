@@ -178,7 +178,7 @@ def test_compiling_ahead_survives_a_death(group):
     group = Group(**{**vars(group), "cells": cells})
     assert [cell for _, cell in compile_jobs([group])] == list(cells)
     done = []
-    compile_ahead([group], 60.0, lambda: done.append(1))
+    compile_ahead([group], None, 60.0, lambda: done.append(1))
     assert len(done) == 2
 
 
