@@ -316,15 +316,17 @@ def _causality(
     """True for plain causality, False for no mask at all, None for anything else.
 
     A compiled model wraps its mask for packed sequences even where nothing is packed, and a
-    window may be longer than the sequence. What is cut off by either is also cut off from the
-    first token.
+    window may be longer than the sequence. Every query is asked for the first token, which both
+    cut off before any other, and for those at distances of powers of two.
     """
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         return mask_function is causal_mask_function
     place = torch.arange(offset, offset + tokens, device=device)[None]
     b, h = torch.arange(batch, device=device)[:, None], torch.zeros_like(place[:, :1])
     ahead = mask_function(b, h, place[:, :-1], place[:, 1:])
-    if not mask_function(b, h, place, torch.zeros_like(place)).all():
+    distances = [0, *(1 << k for k in range((offset + tokens).bit_length() + 1))]
+    behind = [mask_function(b, h, place, (place - x).clamp(min=0)).all() for x in distances]
+    if not torch.stack(behind).all():
         return None
     return True if not ahead.any() else False if ahead.all() else None
 

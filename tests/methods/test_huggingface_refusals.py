@@ -10,7 +10,7 @@ from transformers import (
     MistralConfig,
 )
 
-from methods import METHODS
+from methods import METHODS, huggingface
 from methods.huggingface import register
 from tests.methods.models import VOCAB, small_model, token_ids
 from tests.methods.test_huggingface import SPATTENTION, double
@@ -125,6 +125,15 @@ def test_dropout_is_refused_in_training_alone():
     with pytest.raises(ValueError, match=r"^spattention: attention dropout is 0\.1; only 0 is"):
         forward(model.train())
     assert forward(model.eval()).logits.isfinite().all()
+
+
+def test_a_mask_with_gaps_is_refused():
+    """One that keeps the first token, and that after the query, as plain causality does."""
+    for gap in (1, 4, 32):
+        mask = huggingface.Interface("spattention", SPATTENTION, None, "auto").mask
+        with pytest.raises(ValueError, match="asks for a mask of its own"):
+            mask(1, 64, 64, mask_function=lambda b, h, q, k, gap=gap: (k <= q) & (q - k != gap))
+        assert mask(1, 64, 64, mask_function=lambda b, h, q, k: k <= q).causal
 
 
 def test_a_window_of_the_models_own_is_honoured_where_it_cuts_nothing_off():
