@@ -13,6 +13,13 @@ from torch import Tensor
 from methods.method import MaskMod, Method, Problem, ScoreMod
 
 
+@dataclass(frozen=True, eq=False)
+class DrawnBlocks:
+    """State of a call: int32 [H, n_blocks, n], -1 where a row has no block."""
+
+    blocks: Tensor
+
+
 @dataclass(frozen=True)
 class BigBird(Method):
     """BigBird-ITC: a window of three blocks, global blocks, and random blocks by head.
@@ -68,7 +75,7 @@ class BigBird(Method):
     def n_blocks(self, p: Problem) -> int:
         return -(-p.seq_len // self.block)
 
-    def drawn_blocks(self, blocks: Tensor, p: Problem) -> Tensor:
+    def drawn_blocks(self, blocks: Tensor, p: Problem) -> DrawnBlocks:
         """State of a call whose random blocks the caller gives.
 
         Args:
@@ -92,9 +99,11 @@ class BigBird(Method):
             )
         row = torch.arange(wanted[1], device=blocks.device)[:, None]
         void = self._sees_all(p)(row) | (p.causal & (blocks > row))
-        return blocks.masked_fill(void, -1).int()
+        return DrawnBlocks(blocks.masked_fill(void, -1).int())
 
-    def mask_mod(self, p: Problem, device: torch.device, state: Tensor | None = None) -> MaskMod:
+    def mask_mod(
+        self, p: Problem, device: torch.device, state: DrawnBlocks | None = None
+    ) -> MaskMod:
         block, causal = self.block, p.causal
         always, drawn = self._always(p), self._drawn(p, device, state)
 
@@ -108,7 +117,7 @@ class BigBird(Method):
         return mask
 
     def score_mod(
-        self, p: Problem, device: torch.device, state: Tensor | None = None
+        self, p: Problem, device: torch.device, state: DrawnBlocks | None = None
     ) -> ScoreMod | None:
         if not self.multiplicity:
             return None
@@ -128,7 +137,7 @@ class BigBird(Method):
 
     def grid(
         self, p: Problem, device: torch.device, b: Tensor, h: Tensor,
-        q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, state: Tensor | None = None,
+        q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, state: DrawnBlocks | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         listed = self._counter(p, device, state)
         first, last = k0 // self.block, k1 // self.block
@@ -140,8 +149,8 @@ class BigBird(Method):
         # A listed block below the diagonal counts whole; on it, k0 <= q1 leaves some pair.
         return (some & (k0 <= q1), every & (k1 <= q0)) if p.causal else (some, every)
 
-    def allowed_pairs(self, p: Problem, state: Tensor | None = None) -> int:
-        device = torch.device("cpu") if state is None else state.device
+    def allowed_pairs(self, p: Problem, state: DrawnBlocks | None = None) -> int:
+        device = torch.device("cpu") if state is None else state.blocks.device
         n_blocks = self.n_blocks(p)
         row = torch.arange(n_blocks, device=device)
         size = (p.seq_len - row * self.block).clamp(max=self.block)
@@ -172,21 +181,24 @@ class BigBird(Method):
 
         return listed
 
-    def _drawn(self, p: Problem, device: torch.device, state: Tensor | None) -> list[Tensor]:
+    def _drawn(self, p: Problem, device: torch.device, state: DrawnBlocks | None) -> list[Tensor]:
         """The random blocks, one tensor [H, n_blocks] a draw."""
         if state is None:
             drawn = draw_blocks(p.q_heads, self.n_blocks(p), self.n_random, self.seed, p.causal)
             state = self.drawn_blocks(drawn, p)
-        elif not isinstance(state, Tensor) or state.shape[:2] != (p.q_heads, self.n_blocks(p)):
-            found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+        if not isinstance(state, DrawnBlocks):
+            kind = type(state).__name__
+            raise ValueError(f"bigbird: the state is a {kind}; drawn_blocks makes what it must be")
+        wanted, found = [p.q_heads, self.n_blocks(p)], list(state.blocks.shape[:2])
+        if found != wanted:
             raise ValueError(
-                f"bigbird: the state is {found}; it must be what drawn_blocks gives for "
-                f"{p.q_heads} heads of {p.seq_len} tokens"
+                f"bigbird: the state has random blocks for {found[0]} heads and {found[1]} blocks "
+                f"of tokens; there are {wanted[0]} and {wanted[1]}"
             )
-        return list(state.to(device).movedim(-1, 0).contiguous())
+        return list(state.blocks.to(device).movedim(-1, 0).contiguous())
 
     def _counter(
-        self, p: Problem, device: torch.device, state: Tensor | None
+        self, p: Problem, device: torch.device, state: DrawnBlocks | None
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """A closure (head, row, first, last) -> how many columns of first..last the row lists."""
         sees_all, always, end = self._sees_all(p), self._always(p), self.n_blocks(p) - 1
@@ -213,6 +225,7 @@ class BigBird(Method):
 
 
 @lru_cache(maxsize=256)  # a seed for each layer of a deep model
+@torch.inference_mode(False)  # what is kept serves training as well
 def draw_blocks(heads: int, n_blocks: int, n_random: int, seed: int, causal: bool) -> Tensor:
     """Random blocks int32 [H, n_blocks, n_random]; -1 where a row has no block left to draw.
 

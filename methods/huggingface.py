@@ -11,8 +11,9 @@ pattern; each length of a sequence is compiled once. torch.compile of the model 
 every layer, and with `use_cache` compiles every layer anew.
 
 What a layer cannot honour is refused in one line: attention dropout, masks other than padding,
-scores with a cap, a bias or a sink, cross attention, attention weights as outputs, and padding or
-cached keys where the mask depends on the number of tokens and `seq_len` does not fix it.
+scores with a cap, a bias or a sink, keys chosen by the model, packed sequences, cross attention,
+attention weights as outputs, and padding or cached keys where the mask depends on the number of
+tokens and `seq_len` does not fix it.
 
 Keyword arguments of the model's forward reach the method (`generate` takes none that it does not
 know):
@@ -41,11 +42,14 @@ from methods.longformer import GlobalTokens, Longformer
 from methods.method import Method, Problem
 from methods.pinned import Pinned, Spans
 from methods.presets import METHODS, resolve
-from methods.reformer import Reformer
 
 # transformers reads a meaning into names that contain these.
 RESERVED = ("eager", "sdpa", "flash", "flex_attention", "|", "/")
-SCORE_CHANGES = ("softcap", "position_bias", "s_aux")
+# Arguments by which models change scores, choose keys, or pack sequences.
+UNHEARD = (
+    "softcap", "position_bias", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q",
+    "cu_seq_lens_k",
+)  # fmt: skip
 
 
 def register(
@@ -64,7 +68,7 @@ def register(
             samples cannot be padded, keys cannot be cached, and a call may be too short for the
             method's parameters. Reformer's order has no padding; it takes no seq_len.
         backend: as in `attend`; "auto" chooses by device. Queries behind cached keys are computed
-            by PyTorch's scaled_dot_product_attention.
+            by PyTorch's scaled_dot_product_attention, from a table of all queries by all keys.
 
     Returns:
         The names, for `attn_implementation`.
@@ -129,7 +133,7 @@ class Interface:
     backend: str
 
     def validate(self) -> None:
-        if any(word in self.name for word in RESERVED):
+        if not self.name or any(word in self.name for word in RESERVED):
             raise ValueError(
                 f"attn_implementation {self.name!r} cannot be registered: transformers gives "
                 f"names with {', '.join(RESERVED)} a meaning of their own"
@@ -205,7 +209,7 @@ class Interface:
     ) -> None:  # fmt: skip
         config = getattr(module, "config", None)
         heads = getattr(config, "num_attention_heads", query.shape[1])
-        changes = [change for change in SCORE_CHANGES if kwargs.get(change) is not None]
+        unheard = [name for name in UNHEARD if kwargs.get(name) is not None]
         if dropout > 0:
             why = f"attention dropout is {dropout}; only 0 is possible, set it in the config"
         elif mask is not None and not isinstance(mask, Call):
@@ -213,8 +217,8 @@ class Interface:
             why = f"attention_mask is {kind}; only padding masks [batch, tokens] are honoured"
         elif mask is not None and mask.columns > key.shape[2]:
             why = f"attention_mask is for {mask.columns} tokens; there are {key.shape[2]}"
-        elif changes:
-            why = f"the model changes scores by {', '.join(changes)}, which is not honoured"
+        elif unheard:
+            why = f"the model asks for {', '.join(unheard)}, which is not honoured"
         elif heads != query.shape[1]:
             why = f"a layer has {query.shape[1]} heads where the config says {heads}"
         elif any(getattr(config, x, False) for x in ("is_encoder_decoder", "add_cross_attention")):
@@ -223,13 +227,15 @@ class Interface:
             why = "attention weights are never made; output_attentions must be False"
         elif kwargs.get("global_attention_mask") is not None:
             why = "global_attention_mask is not read; give global_tokens, bool [batch, tokens]"
-        elif self.method.name == "reformer" and not share_qk:
+        elif self.method.shared_qk and not share_qk:
             why = (
                 "it shares queries and keys; share_qk=True, an argument of the model's forward, "
                 "makes its queries its keys"
             )
         elif share_qk and key.shape[1] != query.shape[1]:
             why = f"share_qk needs as many key as query heads, not {key.shape[1]} and {heads}"
+        elif share_qk and key.shape[2] != query.shape[2]:
+            why = "share_qk takes no cached keys; use_cache=False computes every length anew"
         else:
             return
         raise ValueError(f"{self.name}: {why}")
@@ -261,8 +267,10 @@ class Interface:
         elif global_tokens is not None and not isinstance(global_tokens, Tensor):
             kind = type(global_tokens).__name__
             why = f": global_tokens is a {kind}; it must be a bool tensor"
-        elif given is not None and not isinstance(method, (BigBird, Reformer)):
+        elif given is not None and method.static and not isinstance(method, BigBird):
             why = " has no attention_state to be given; bigbird and reformer have"
+        elif self.backend == "varlen" and (padded or self.seq_len or global_tokens is not None):
+            why = ": backend 'varlen' takes no padding, no seq_len and no global_tokens"
         elif padded and not method.static:
             why = f": {method.name}'s order has no padding"
         elif padded and self.seq_len is None and not method.grows(call.causal):
@@ -323,12 +331,14 @@ def _causality(
         return mask_function is causal_mask_function
     place = torch.arange(offset, offset + tokens, device=device)[None]
     b, h = torch.arange(batch, device=device)[:, None], torch.zeros_like(place[:, :1])
-    ahead = mask_function(b, h, place[:, :-1], place[:, 1:])
-    distances = [0, *(1 << k for k in range((offset + tokens).bit_length() + 1))]
-    behind = [mask_function(b, h, place, (place - x).clamp(min=0)).all() for x in distances]
-    if not torch.stack(behind).all():
+    distances = [1 << k for k in range((offset + tokens).bit_length() + 1)]
+    behind = [mask_function(b, h, place, (place - x).clamp(min=0)) for x in (0, *distances)]
+    ahead = [mask_function(b, h, place[:, :-x], place[:, x:]) for x in distances if x < tokens]
+    if not all(x.all() for x in behind):
         return None
-    return True if not ahead.any() else False if ahead.all() else None
+    return (
+        True if not any(x.any() for x in ahead) else False if all(x.all() for x in ahead) else None
+    )
 
 
 def _whole(key: Tensor) -> Spans:

@@ -223,6 +223,7 @@ class Method:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept serves training as well
 def static_parts(
     method: Method, p: Problem, device: torch.device, block_size: tuple[int, int]
 ) -> tuple[BlockMask, ScoreMod | None]:

@@ -59,6 +59,13 @@ class Pinned(Method):
     inner: Method
     seq_len: int | None = None
 
+    @property
+    def shared_qk(self) -> bool:
+        return self.inner.shared_qk
+
+    def keys(self, k: Tensor) -> Tensor:
+        return self.inner.keys(k)
+
     def validate(self, p: Problem) -> None:
         if self.seq_len is not None and p.seq_len > self.seq_len:
             raise ValueError(

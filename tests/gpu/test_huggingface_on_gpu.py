@@ -4,9 +4,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from methods import METHODS
+from methods import METHODS, Problem
 from methods.huggingface import register
-from tests.methods.models import KINDS, register_dense, run, small_model, token_ids
+from tests.methods.models import (
+    KINDS,
+    register_dense,
+    register_dense_shared,
+    run,
+    small_model,
+    token_ids,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,24 +24,39 @@ pytestmark = [
 
 DEVICE = torch.device("cuda:0")
 TOKENS = 600
-# Of one that hashes, a rounded query may have another mask than the exact one.
-NAMES = [name for name, method in METHODS.items() if method.static]
 
 
-def model_of(kind, attention):
-    return small_model(kind, attention).bfloat16().to(DEVICE)
+def model_of(kind, attention, **changes):
+    return small_model(kind, attention, **changes).bfloat16().to(DEVICE)
 
 
-def results(model, ids):
+def results(model, ids, **given):
     """Logits and every gradient, in float64."""
-    logits, grads = run(model, ids.to(DEVICE))
-    return {"logits": logits.double()} | {name: x.double() for name, x in grads.items()}
+    logits, grads = run(model, ids.to(DEVICE), **given)
+    found = {name: x.double() for name, x in grads.items() if x is not None}
+    return {"logits": logits.double()} | found
+
+
+def reference(name):
+    """Dense attention, what the model needs for it, and keyword arguments.
+
+    Of Reformer the buckets are given: a rounded query may have another one than the exact query.
+    """
+    method = METHODS[name]
+    if not method.shared_qk:
+        return register_dense(f"dense_{name}", method), {}, {}
+    p = Problem(batch=1, q_heads=4, seq_len=TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    buckets = torch.randint(16, (1, 4, method.n_rounds, TOKENS), generator=generator).to(DEVICE)
+    given = {"share_qk": True, "attention_state": method.rounds(buckets, p)}
+    return register_dense_shared(f"dense_{name}", method), {"num_key_value_heads": 4}, given
 
 
 @pytest.mark.parametrize(
-    ("kind", "compiled"), [(kind, False) for kind in KINDS] + [("llama", True)]
+    ("kind", "compiled"),
+    [(kind, False) for kind in KINDS] + [("llama", True), ("olmoe", True)],
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_bfloat16_is_within_the_budget_of_dense_bfloat16(name, kind, compiled):
     """Frobenius errors against float64 with the same weights, tensor by tensor.
 
@@ -42,16 +64,16 @@ def test_bfloat16_is_within_the_budget_of_dense_bfloat16(name, kind, compiled):
     bfloat16 (2^-8) of the result.
     """
     register({name: METHODS[name]})
-    dense = register_dense(f"dense_{name}", METHODS[name])
+    dense, changes, given = reference(name)
     ids = token_ids(1, TOKENS)
-    exact = results(model_of(kind, dense).double(), ids)
-    rounded = results(model_of(kind, dense), ids)
-    model = model_of(kind, name)
+    exact = results(model_of(kind, dense, **changes).double(), ids, **given)
+    rounded = results(model_of(kind, dense, **changes), ids, **given)
+    model = model_of(kind, name, **changes)
     if compiled:
         # The ninth method would find the limit of compiled variants reached.
         torch.compiler.reset()
         model.compile()
-    found = results(model, ids)
+    found = results(model, ids, **given)
     assert found.keys() == exact.keys()
     for part, truth in exact.items():
         budget = 2 * (rounded[part] - truth).norm() + 2**-8 * truth.norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,3 +86,23 @@ def _dense_mask(method: Method, heads: int, tokens: int) -> Tensor:
     p = Problem(q_heads=heads, seq_len=tokens)
     method.validate(p)
     return dense_mask(method, p, None).to(CPU)
+
+
+def register_dense_shared(name: str, method: Method) -> str:
+    """As register_dense, with q as keys, under what `rows` says of the method and its state."""
+
+    def attention(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float,
+        attention_state: Any = None, **_,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        p = Problem(batch=len(q), q_heads=q.shape[1], seq_len=q.shape[2], head_dim=q.shape[3])
+        state = attention_state or method.prepare(q, q, p)
+        every = torch.arange(p.seq_len, device=q.device).expand(p.q_heads, -1)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(wide) @ method.keys(q).to(wide).mT * scaling
+        weights = (scores + method.rows(p, q.device, every, state)).softmax(-1)
+        return (weights.to(q.dtype) @ v).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, lambda **_: None)
+    return name

@@ -1,5 +1,7 @@
 """attend: every method through its executors, and what a compiled cell costs and refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from methods import METHODS, Problem, attend
 from methods.attend import compiled_copy, plan
 from methods.bigbird import BigBird
 from methods.longformer import Longformer
+from methods.method import static_parts
 from tests.methods.dense import STATIC
 
 
@@ -116,9 +119,43 @@ def test_random_blocks_of_the_callers_own():
     scores = q[:, :, 95:] @ k[:, :, keys].mT / 4
     expected = scores.softmax(-1) @ v[:, :, keys]
     torch.testing.assert_close(out[:, :, 95:], expected, atol=1e-12, rtol=0)
-    for state, found in ((drawn[:, :5], r"\[4, 5, 1\]"), ([[2]], "list")):
-        with pytest.raises(ValueError, match=f"^bigbird: the state is {found}; it must be what"):
-            attend(q, k, v, method, state=state)
+    with pytest.raises(ValueError, match=r"^bigbird: the state is a Tensor; drawn_blocks makes"):
+        attend(q, k, v, method, state=drawn)
+    shorter = method.drawn_blocks(drawn[:, :5], replace(p, seq_len=80))
+    with pytest.raises(
+        ValueError, match=r"for 4 heads and 5 blocks of tokens; there are 4 and 6$"
+    ):
+        attend(q, k, v, method, state=shorter)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [*METHODS.values(), Longformer(window=64, dilation=16)],
+    ids=[*METHODS, "in residue order"],
+)
+def test_what_inference_leaves_behind_serves_training(method):
+    """Tensors made in inference mode can be saved for no backward."""
+    p = Problem(batch=1, q_heads=2, seq_len=1030, head_dim=16, dtype="float32")
+    q, k, v = (torch.randn(1, 2, 1030, 16, requires_grad=True) for _ in range(3))
+    k = q if method.shared_qk else k
+    with torch.inference_mode():
+        attend(q, k, v, method, backend="blockwise")
+    attend(q, k, v, method, backend="blockwise").sum().backward()
+    if method.static:
+        mask, _ = static_parts(method, p, torch.device("cpu"), (128, 128))
+        tables = [mask.kv_num_blocks, mask.kv_indices, mask.q_indices, *closed_over(mask.mask_mod)]
+        assert not any(table.is_inference() for table in tables)
+
+
+def closed_over(function):
+    """Tensors that a mask reads, however deep."""
+    for cell in function.__closure__ or ():
+        held = cell.cell_contents
+        for x in held if isinstance(held, (list, tuple)) else [held]:
+            if isinstance(x, torch.Tensor):
+                yield x
+            elif hasattr(x, "__closure__"):
+                yield from closed_over(x)
 
 
 def test_sets_of_global_tokens_share_one_compiled_kernel():

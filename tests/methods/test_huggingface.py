@@ -7,7 +7,6 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     AutoModel,
     StaticCache,
     ViTConfig,
@@ -17,7 +16,14 @@ from methods import METHODS, Banded, Problem, pinned
 from methods.bigbird import BigBird, draw_blocks
 from methods.huggingface import register
 from methods.reformer import Reformer
-from tests.methods.models import KINDS, register_dense, run, small_model, token_ids
+from tests.methods.models import (
+    KINDS,
+    register_dense,
+    register_dense_shared,
+    run,
+    small_model,
+    token_ids,
+)
 
 # Parts of these models compute in float32 whatever their dtype (normalisation, routing).
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
@@ -319,23 +325,10 @@ def test_registering_twice_changes_nothing_and_gives_the_names():
     assert set(AttentionInterface._global_mapping) == known
 
 
-def register_dense_shared(name, method):
-    """Registers softmax over all scores with q as keys, under what `rows` says of the method."""
-
-    def attention(module, q, k, v, mask, scaling, attention_state=None, **_):
-        p = Problem(batch=len(q), q_heads=q.shape[1], seq_len=q.shape[2], head_dim=q.shape[3])
-        state = attention_state or method.prepare(q, q, p)
-        every = torch.arange(p.seq_len).expand(p.q_heads, -1)
-        scores = q @ method.keys(q).mT * scaling + method.rows(p, q.device, every, state)
-        return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, lambda **_: None)
-    return name
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", [Reformer(chunk=16, n_rounds=2), METHODS["standard"]])
+@pytest.mark.parametrize(
+    "method", [Reformer(chunk=16, n_rounds=2), METHODS["reformer"], METHODS["standard"]]
+)
 def test_shared_queries_and_keys_are_dense_attention_under_the_mask(method, kind):
     """Whatever the scale, which counts once."""
     register({"shared": method})
@@ -345,7 +338,7 @@ def test_shared_queries_and_keys_are_dense_attention_under_the_mask(method, kind
         for layer in module:
             if hasattr(layer, "scaling"):
                 layer.scaling = 0.7
-    ids = token_ids(2, 101)
+    ids = token_ids(1, TOKENS) if method is METHODS["reformer"] else token_ids(2, 101)
     logits, grads = run(models[0], ids, share_qk=True)
     expected, expected_grads = run(models[1], ids)
     torch.testing.assert_close(logits, expected, **CLOSE)
@@ -374,7 +367,7 @@ def test_buckets_reach_reformer():
 class Lsh(Banded):
     """Stands in for a method whose keys must be its queries."""
 
-    name, paper = "reformer", "none"
+    name, paper, shared_qk = "lsh", "none", True
 
     def bands(self, p):
         return [[(0, p.seq_len)]]
@@ -392,5 +385,5 @@ def test_shared_queries_and_keys_only_where_asked_for():
     grouped = small_model("llama", "shared")
     with pytest.raises(ValueError, match=r"^shared: share_qk needs as many key as query heads"):
         grouped(ids, share_qk=True)
-    with pytest.raises(ValueError, match=r"^shared: reformer's order has no padding"):
+    with pytest.raises(ValueError, match=r"^shared: lsh's order has no padding"):
         model(ids, share_qk=True, attention_mask=torch.arange(30)[None] < 20)

@@ -1,5 +1,8 @@
 """What models of transformers ask that a method cannot honour, refused in one line."""
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -12,6 +15,8 @@ from transformers import (
 
 from methods import METHODS, huggingface
 from methods.huggingface import register
+from methods.pinned import Spans
+from methods.reformer import Reformer
 from tests.methods.models import VOCAB, small_model, token_ids
 from tests.methods.test_huggingface import SPATTENTION, double
 
@@ -44,6 +49,20 @@ def longformer(model):
     return model
 
 
+def shared():
+    """generate passes no share_qk on to a forward that does not name it."""
+    register({"spattention": Reformer(chunk=16, n_rounds=1)})
+    model = double("gpt_neox", "spattention").eval()
+    plain = model.forward
+    model.forward = lambda *given, **named: plain(*given, share_qk=True, **named)
+    return model
+
+
+def windows(model):
+    register({"spattention": METHODS["sliding_window"]}, backend="varlen")
+    return model
+
+
 HOLES = torch.arange(64)[None] % 7 > 0
 REFUSED = {
     "a cache": (
@@ -71,6 +90,22 @@ REFUSED = {
         lambda m: forward(m, attention_state=HOLES),
         "spattention has no attention_state to be given; bigbird and reformer have",
     ),
+    "packed by lengths": (
+        lambda m: forward(m, cu_seq_lens_q=torch.tensor([0, 32, 64])),
+        "the model asks for cu_seq_lens_q",
+    ),
+    "keys of the model's choice": (
+        lambda m: forward(m, block_indices=torch.zeros(1, 64, 2)),
+        "the model asks for block_indices",
+    ),
+    "shared keys from a cache": (
+        lambda _: shared().generate(token_ids(1, 64), max_new_tokens=3, use_cache=True),
+        "share_qk takes no cached keys; use_cache=False",
+    ),
+    "varlen with padding": (
+        lambda m: forward(windows(m), attention_mask=torch.arange(64)[None] < 50),
+        "backend 'varlen' takes no padding, no seq_len and no global_tokens",
+    ),
     "padding": (
         lambda m: forward(m, attention_mask=torch.arange(64)[None] < 50),
         "mask depends on the number of tokens, so padding would change it; fix it by register(",
@@ -83,10 +118,13 @@ REFUSED = {
         lambda m: forward(m, attention_mask=torch.arange(70)[None] > 5),
         "attention_mask is for 70 tokens; there are 64",
     ),
-    "a sink": (lambda m: forward(m, s_aux=torch.ones(4)), "the model changes scores by s_aux"),
+    "a sink": (
+        lambda m: forward(m, s_aux=torch.ones(4)),
+        "the model asks for s_aux, which is not",
+    ),
     "a bias": (
         lambda m: forward(m, position_bias=torch.ones(4)),
-        "the model changes scores by position_bias",
+        "the model asks for position_bias",
     ),
     "past the fixed length": (
         lambda m: pinned(m).generate(
@@ -106,7 +144,7 @@ REFUSED = {
         lambda m: forward(m, output_attentions=True),
         "attention weights are never made; output_attentions must be False",
     ),
-    "a cap": (lambda m: forward(m, softcap=30.0), "the model changes scores by softcap"),
+    "a cap": (lambda m: forward(m, softcap=30.0), "the model asks for softcap"),
 }
 
 
@@ -129,11 +167,29 @@ def test_dropout_is_refused_in_training_alone():
 
 def test_a_mask_with_gaps_is_refused():
     """One that keeps the first token, and that after the query, as plain causality does."""
+    mask = huggingface.Interface("spattention", SPATTENTION, None, "auto").mask
     for gap in (1, 4, 32):
-        mask = huggingface.Interface("spattention", SPATTENTION, None, "auto").mask
         with pytest.raises(ValueError, match="asks for a mask of its own"):
             mask(1, 64, 64, mask_function=lambda b, h, q, k, gap=gap: (k <= q) & (q - k != gap))
-        assert mask(1, 64, 64, mask_function=lambda b, h, q, k: k <= q).causal
+        with pytest.raises(ValueError, match="asks for a mask of its own"):
+            mask(1, 64, 64, mask_function=lambda b, h, q, k, gap=gap: (k <= q) | (k - q == gap))
+        with pytest.raises(ValueError, match="asks for a mask of its own"):
+            mask(1, 64, 64, mask_function=lambda b, h, q, k, gap=gap: k - q != gap)
+    assert mask(1, 64, 64, mask_function=lambda b, h, q, k: k <= q).causal
+    assert not mask(1, 64, 64, mask_function=lambda b, h, q, k: (q >= 0) & (k >= 0)).causal
+    for given in {"use_vmap": True}, {"kv_offset": 1}:
+        with pytest.raises(ValueError, match="asks for a mask of its own"):
+            mask(1, 64, 64, **given)
+
+
+def test_a_bidirectional_bigbird_does_not_grow_with_its_padding():
+    """Its last block is global: a padded sample's would be another one."""
+    call = huggingface.Call(causal=False, offset=0, spans=Spans(*torch.tensor([[0], [40]])))
+    for causal in (True, False):
+        method = huggingface.Interface("bigbird", METHODS["bigbird"], None, "auto")
+        refused = contextlib.nullcontext() if causal else pytest.raises(ValueError, match="fix it")
+        with refused:
+            method._placed(replace(call, causal=causal), torch.zeros(1, 4, 64, 16), None, None)
 
 
 def test_a_window_of_the_models_own_is_honoured_where_it_cuts_nothing_off():
