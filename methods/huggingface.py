@@ -78,7 +78,7 @@ def register(
             is not what it may be.
     """
     if methods is None:
-        methods = {name: x for name, x in METHODS.items() if seq_len is None or x.static}
+        methods = {name: x for name, x in METHODS.items() if seq_len is None or _fits(x, seq_len)}
     if not isinstance(methods, Mapping) or not all(isinstance(name, str) for name in methods):
         raise ValueError(f"methods is {methods!r}; it must be a mapping of names to methods")
     if seq_len is not None:
@@ -110,6 +110,12 @@ class Call:
     spans: Spans | None = None
     columns: int = 0
     given: dict[int, tuple[Any, Spans]] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> None:
+        raise AttributeError(
+            f"the model asks its mask for {name!r}, but these methods have none; "
+            "they are for models that leave attention to the function of that name"
+        )
 
     def contiguous(self) -> Call:
         """What `generate` asks of a mask first where the cache is of a fixed size.
@@ -167,10 +173,12 @@ class Interface:
                 f"it must be [{batch_size}, tokens]"
             )
         # A cache of fixed size is longer than what has been seen.
-        seen = offset + q_length if causal else kv_length
-        valid = F.pad(attention_mask.bool(), (0, max(0, seen - attention_mask.shape[1])))
-        spans = _spans(valid[:, :seen], self.name)
-        return Call(causal, offset, spans, attention_mask.shape[1])
+        seen, columns = offset + q_length if causal else kv_length, attention_mask.shape[1]
+        if columns < seen:
+            raise ValueError(
+                f"{self.name}: attention_mask is for {columns} tokens; there are {seen}"
+            )
+        return Call(causal, offset, _spans(attention_mask[:, :seen].bool(), self.name), columns)
 
     @torch.compiler.disable
     def attention(
@@ -227,6 +235,8 @@ class Interface:
             why = "attention weights are never made; output_attentions must be False"
         elif kwargs.get("global_attention_mask") is not None:
             why = "global_attention_mask is not read; give global_tokens, bool [batch, tokens]"
+        elif not isinstance(share_qk, bool):
+            why = f"share_qk is {share_qk!r}; it must be True or False"
         elif self.method.shared_qk and not share_qk:
             why = (
                 "it shares queries and keys; share_qk=True, an argument of the model's forward, "
@@ -339,6 +349,16 @@ def _causality(
     return (
         True if not any(x.any() for x in ahead) else False if all(x.all() for x in ahead) else None
     )
+
+
+def _fits(method: Method, seq_len: int) -> bool:
+    """Whether a method can be drawn for so many tokens."""
+    p = Problem(seq_len=seq_len)
+    try:
+        method.validate(p)
+    except ValueError:
+        return False
+    return method.static
 
 
 def _whole(key: Tensor) -> Spans:

@@ -159,7 +159,7 @@ class Reformer(Method):
         """State of a call with these buckets.
 
         Args:
-            buckets: [B, H, n_rounds, N], whole numbers of at most 32 bits in any integer dtype;
+            buckets: [B, H, n_rounds, N], whole numbers in any integer dtype;
                 within a round only their order counts.
 
         Raises:
@@ -381,7 +381,8 @@ def _of_length_root_d(x: Tensor) -> Tensor:
 
 def _given(state: Rounds | None) -> Rounds:
     if not isinstance(state, Rounds):
-        raise ValueError("reformer: its mask follows from the inputs; give state=prepare(q, k, p)")
+        kind = type(state).__name__
+        raise ValueError(f"reformer: the state is a {kind}; rounds(buckets) makes what it must be")
     return state
 
 

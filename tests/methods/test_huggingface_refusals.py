@@ -11,6 +11,8 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     MistralConfig,
+    MptConfig,
+    MptForCausalLM,
 )
 
 from methods import METHODS, huggingface
@@ -118,6 +120,14 @@ REFUSED = {
         lambda m: forward(m, attention_mask=torch.arange(70)[None] > 5),
         "attention_mask is for 70 tokens; there are 64",
     ),
+    "a mask of fewer tokens": (
+        lambda m: forward(m, attention_mask=torch.ones(1, 50)),
+        "attention_mask is for 50 tokens; there are 64",
+    ),
+    "half a wish": (
+        lambda m: forward(m, share_qk="no"),
+        "share_qk is 'no'; it must be True or False",
+    ),
     "a sink": (
         lambda m: forward(m, s_aux=torch.ones(4)),
         "the model asks for s_aux, which is not",
@@ -182,6 +192,19 @@ def test_a_mask_with_gaps_is_refused():
             mask(1, 64, 64, **given)
 
 
+def test_presets_are_registered_where_they_can_be_drawn():
+    assert register(seq_len=100) == [x for x in METHODS if x not in ("reformer", "bigbird")]
+    assert register(seq_len=512) == [name for name in METHODS if name != "reformer"]
+
+
+def test_a_model_that_adds_its_mask_itself_is_told_so():
+    config = MptConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=50)
+    model = MptForCausalLM(config)
+    model.config._attn_implementation = "spattention"
+    with pytest.raises(AttributeError, match=r"^the model asks its mask for '\w+', but these"):
+        model(token_ids(1, 30) % 50)
+
+
 def test_a_bidirectional_bigbird_does_not_grow_with_its_padding():
     """Its last block is global: a padded sample's would be another one."""
     call = huggingface.Call(causal=False, offset=0, spans=Spans(*torch.tensor([[0], [40]])))
@@ -229,7 +252,6 @@ def test_a_length_that_is_none():
 
 
 def test_reformer_takes_no_length():
-    assert set(METHODS) - set(register(seq_len=64)) == {"reformer"}
     with pytest.raises(ValueError, match=r"^mine: reformer takes no fixed seq_len"):
         register({"mine": "reformer"}, seq_len=64)
 
