@@ -162,7 +162,7 @@ def _bounds(
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept serves training as well
+@torch.inference_mode(False)
 def merged_bands(method: Banded, p: Problem) -> Tensor:
     """Sorted, disjoint, non-adjacent intervals [heads or 1, R, 2]; (N, -1) fills empty places.
 

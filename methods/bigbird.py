@@ -225,7 +225,7 @@ class BigBird(Method):
 
 
 @lru_cache(maxsize=256)  # a seed for each layer of a deep model
-@torch.inference_mode(False)  # what is kept serves training as well
+@torch.inference_mode(False)
 def draw_blocks(heads: int, n_blocks: int, n_random: int, seed: int, causal: bool) -> Tensor:
     """Random blocks int32 [H, n_blocks, n_random]; -1 where a row has no block left to draw.
 

@@ -52,7 +52,7 @@ class Spans:
         return self.window - 1
 
     @cached_property
-    @torch.inference_mode(False)  # what is kept serves training as well
+    @torch.inference_mode(False)
     def packed(self) -> Packed:
         """For kernels that take packed sequences alone."""
         q_starts, k_starts = (_offsets(x) for x in (self.q_lengths, self.k_lengths))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=256)  # a seed for each layer of a deep model
-@torch.inference_mode(False)  # what is kept serves training as well
+@torch.inference_mode(False)
 def draw(
     heads: int, dim: int, rounds: int, columns: int, seed: int, device: torch.device
 ) -> Tensor:

@@ -344,11 +344,8 @@ def _causality(
     distances = [1 << k for k in range((offset + tokens).bit_length() + 1)]
     behind = [mask_function(b, h, place, (place - x).clamp(min=0)) for x in (0, *distances)]
     ahead = [mask_function(b, h, place[:, :-x], place[:, x:]) for x in distances if x < tokens]
-    if not all(x.all() for x in behind):
-        return None
-    return (
-        True if not any(x.any() for x in ahead) else False if all(x.all() for x in ahead) else None
-    )
+    none, every = not any(x.any() for x in ahead), all(x.all() for x in ahead)
+    return none if all(x.all() for x in behind) and (none or every) else None
 
 
 def _fits(method: Method, seq_len: int) -> bool:

@@ -341,7 +341,7 @@ def _apart(method: Longformer, p: Problem, tokens: Tensor, block_size: tuple[int
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept serves training as well
+@torch.inference_mode(False)
 def _prefix_parts(
     method: Longformer, p: Problem, device: torch.device, block_size: tuple[int, int]
 ) -> _Apart:

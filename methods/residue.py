@@ -83,7 +83,7 @@ class ResidueOrder(Method):
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # what is kept serves training as well
+@torch.inference_mode(False)
 def token_order(steps: tuple[int, ...], prefix: int, seq_len: int, device: torch.device) -> Tensor:
     """The token in each slot, int32 [H, N]."""
     token = torch.arange(seq_len, device=device)
@@ -92,7 +92,7 @@ def token_order(steps: tuple[int, ...], prefix: int, seq_len: int, device: torch
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # what is kept serves training as well
+@torch.inference_mode(False)
 def _moves(
     steps: tuple[int, ...], prefix: int, n: int, device: torch.device, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:

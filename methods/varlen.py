@@ -101,7 +101,7 @@ class Layer:
     idle: Tensor
 
 
-@torch.inference_mode(False)  # what is kept serves training as well
+@torch.inference_mode(False)
 def prepared(method: Banded, p: Problem, device: torch.device) -> tuple[Layer, ...]:
     """The layers on a device: a call takes one window, so that pieces are grouped by it."""
     made, rows = [], p.batch * p.q_heads * p.seq_len
