@@ -81,7 +81,8 @@ class Run:
     def wait(self) -> int:
         try:
             return self.process.wait(RUN_S)
-        except BaseException as error:  # Ctrl-C too: what is left would disturb what comes next
+        # After Ctrl-C what is left would disturb whatever comes next.
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
             for pid in (self.process.pid, *self.alive()):
                 _kill(pid)
             if isinstance(error, subprocess.TimeoutExpired):
