@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from methods.method import MaskMod, Method, Problem
+from methods.method import MaskMod, Method, Problem, kept
 
 Interval = tuple[int, int]
 DistanceTest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -161,8 +160,7 @@ def _bounds(
     return [tuple(band) for band in table], lambda bound, h: bound[h]
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@kept(256)
 def merged_bands(method: Banded, p: Problem) -> Tensor:
     """Sorted, disjoint, non-adjacent intervals [heads or 1, R, 2]; (N, -1) fills empty places.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from methods.method import MaskMod, Method, Problem, ScoreMod
+from methods.method import MaskMod, Method, Problem, ScoreMod, kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +223,7 @@ class BigBird(Method):
         return count
 
 
-@lru_cache(maxsize=256)  # a seed for each layer of a deep model
-@torch.inference_mode(False)
+@kept(256)  # a seed for each layer of a deep model
 def draw_blocks(heads: int, n_blocks: int, n_random: int, seed: int, causal: bool) -> Tensor:
     """Random blocks int32 [H, n_blocks, n_random]; -1 where a row has no block left to draw.
 

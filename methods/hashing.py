@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from methods.method import kept
 
-@lru_cache(maxsize=256)  # a seed for each layer of a deep model
-@torch.inference_mode(False)
+
+@kept(256)  # a seed for each layer of a deep model
 def draw(
     heads: int, dim: int, rounds: int, columns: int, seed: int, device: torch.device
 ) -> Tensor:

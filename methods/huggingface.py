@@ -341,11 +341,13 @@ def _causality(
         return mask_function is causal_mask_function
     place = torch.arange(offset, offset + tokens, device=device)[None]
     b, h = torch.arange(batch, device=device)[:, None], torch.zeros_like(place[:, :1])
-    distances = [1 << k for k in range((offset + tokens).bit_length() + 1)]
-    behind = [mask_function(b, h, place, (place - x).clamp(min=0)) for x in (0, *distances)]
-    ahead = [mask_function(b, h, place[:, :-x], place[:, x:]) for x in distances if x < tokens]
-    none, every = not any(x.any() for x in ahead), all(x.all() for x in ahead)
-    return none if all(x.all() for x in behind) and (none or every) else None
+    reach = 1 << torch.arange((offset + tokens).bit_length() + 1, device=device)[:, None]
+    before, after = (place - F.pad(reach, (0, 0, 1, 0))).clamp(min=0), place + reach
+    there = after < offset + tokens
+    behind = mask_function(b, h, place.repeat(1, len(before)), before.view(1, -1))
+    ahead = mask_function(b, h, place.expand_as(after)[there][None], after[there][None])
+    none, every = not ahead.any(), bool(ahead.all())
+    return none if behind.all() and (none or every) else None
 
 
 def _fits(method: Method, seq_len: int) -> bool:

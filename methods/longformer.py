@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from methods.banded import Banded, Interval, dense_pairs, distance_test
 from methods.blocks import computed_pairs
-from methods.method import Layout, MaskMod, Method, Problem, static_parts
+from methods.method import Layout, MaskMod, Method, Problem, kept, static_parts
 from methods.residue import ResidueOrder
 
 Run = Callable[[Layout], tuple[Tensor, Tensor | None]]
@@ -340,8 +340,7 @@ def _apart(method: Longformer, p: Problem, tokens: Tensor, block_size: tuple[int
     )
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@kept(64)
 def _prefix_parts(
     method: Longformer, p: Problem, device: torch.device, block_size: tuple[int, int]
 ) -> _Apart:

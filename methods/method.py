@@ -222,8 +222,12 @@ class Method:
         return block_mask(self, p, device, block_size, state=state, narrow=narrow)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept serves training as well
+def kept(most: int) -> Callable[[Callable], Callable]:
+    """lru_cache for what makes tensors: made in inference mode, they would fail in training."""
+    return lambda function: lru_cache(most)(torch.inference_mode(False)(function))
+
+
+@kept(256)
 def static_parts(
     method: Method, p: Problem, device: torch.device, block_size: tuple[int, int]
 ) -> tuple[BlockMask, ScoreMod | None]:

@@ -159,7 +159,7 @@ class Reformer(Method):
         """State of a call with these buckets.
 
         Args:
-            buckets: [B, H, n_rounds, N], whole numbers in any integer dtype;
+            buckets: [B, H, n_rounds, N], whole numbers of at most 32 bits in any integer dtype;
                 within a round only their order counts.
 
         Raises:

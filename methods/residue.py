@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from methods.method import Layout, MaskMod, Method, Problem
+from methods.method import Layout, MaskMod, Method, Problem, kept
 
 if TYPE_CHECKING:
     from methods.longformer import Longformer
@@ -82,8 +81,7 @@ class ResidueOrder(Method):
         )
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
+@kept(32)
 def token_order(steps: tuple[int, ...], prefix: int, seq_len: int, device: torch.device) -> Tensor:
     """The token in each slot, int32 [H, N]."""
     token = torch.arange(seq_len, device=device)
@@ -91,8 +89,7 @@ def token_order(steps: tuple[int, ...], prefix: int, seq_len: int, device: torch
     return residue.masked_fill(token < prefix, -1).argsort(dim=1, stable=True).int()
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
+@kept(32)
 def _moves(
     steps: tuple[int, ...], prefix: int, n: int, device: torch.device, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
