@@ -6,6 +6,7 @@
 # make kills ARGS="--kills 5"         kill and damage real sweeps, and see that nothing is lost
 # make detection                      how often `compare` sees a difference of nothing, 1 % and 3 %
 # make faults                         planted faults through the check, on this machine's kernels
+# make docstrings.txt                a text for `run_bench.py train --text`: packages' docstrings
 # make clocks                         (GPU) the device clock against CUPTI's and triton's
 # make attend-cost                    (GPU) what attend() costs a call
 # make serial                         (GPU) what cells cost that are compiled and timed one by one
@@ -32,6 +33,9 @@ readme: .venv/installed
 
 kills detection faults: .venv/installed
 	.venv/bin/python -m tests.$@ $(ARGS)
+
+docstrings.txt: .venv/installed
+	.venv/bin/python -m bench.docstrings $@
 
 clocks attend-cost serial: .venv/installed
 	.venv/bin/python -m tests.gpu.$(subst -,_,$@) $(ARGS)

@@ -89,16 +89,16 @@ def refusal(method: Method, p: Problem) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Calls whose query rows, and key rows, are all different, and the rows in none of them.
+    """Calls whose query rows, and key rows, are all different, and where the others lie.
 
     Attributes:
-        idle_queries: int64, rows of out.
-        idle: int64, rows of dq, dk and dv below one another.
+        queries: lengths that cut the rows of out, by turns, into rows of calls and idle ones.
+        rows: likewise of dq, dk and dv below one another.
     """
 
     calls: tuple[Spans, ...]
-    idle_queries: Tensor
-    idle: Tensor
+    queries: tuple[int, ...]
+    rows: tuple[int, ...]
 
 
 @torch.inference_mode(False)
@@ -111,20 +111,24 @@ def prepared(method: Banded, p: Problem, device: torch.device) -> tuple[Layer, .
         ]  # fmt: skip
         windows = {piece.window: None for piece in pieces}
         calls = [_call([y for y in placed if y[1].window == w], rows, device) for w in windows]
-        queries = _idle([(first + x.q, x.queries) for first, x in placed], rows, device)
-        keys = _idle([(first + x.k, x.keys) for first, x in placed], rows, device)
-        made.append(
-            Layer(tuple(calls), queries, torch.cat((queries, keys + rows, keys + 2 * rows)))
-        )
+        queries = _idle([(first + x.q, x.queries) for first, x in placed], rows)
+        keys = _idle([(first + x.k, x.keys) for first, x in placed], rows)
+        made.append(Layer(tuple(calls), _lengths(queries), _lengths(queries, keys, keys)))
     return tuple(made)
 
 
-def _idle(taken: Sequence[tuple[int, int]], rows: int, device: torch.device) -> Tensor:
-    """Rows that no sequence has, from first rows and lengths."""
-    free = torch.ones(rows, dtype=torch.bool)
+def _idle(taken: Sequence[tuple[int, int]], rows: int) -> Tensor:
+    """Whether no sequence has a row, bool [rows], from first rows and lengths."""
+    idle = torch.ones(rows, dtype=torch.bool)
     for start, length in taken:
-        free[start : start + length] = False
-    return free.nonzero().flatten().to(device)
+        idle[start : start + length] = False
+    return idle
+
+
+def _lengths(*idle: Tensor) -> tuple[int, ...]:
+    """Of the stretches of rows that are in use and idle, by turns; the first may be empty."""
+    kinds, lengths = torch.cat(idle).unique_consecutive(return_counts=True)
+    return (*[0] * int(kinds[0]), *lengths.tolist())
 
 
 def _call(placed: Sequence[tuple[int, Piece]], rows: int, device: torch.device) -> Spans:
@@ -205,7 +209,7 @@ class _Attention(torch.autograd.Function):
             # With the merged out and lse each layer's weights are its part of the one softmax,
             # so that its gradients are terms of a sum.
             grads = q.new_empty(3, *q.shape)
-            _zero_rows(grads.view(-1, q.shape[-1]), layer.idle)
+            _zero_idle(grads.flatten(0, 1), layer.rows)
             for call in layer.calls:
                 ctx.kernel.backward(dout, q, k, v, out, lse, *grads, call)
             total = grads if total is None else total.add_(grads)
@@ -216,7 +220,7 @@ def _layer_forward(
     kernel: Kernel, layer: Layer, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _zero_rows(out.view(-1, q.shape[-1]), layer.idle_queries)
+    _zero_idle(out, layer.queries)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = torch.full((1, len(q)), -torch.inf, dtype=dtype, device=q.device)
     for call in layer.calls:
@@ -224,10 +228,10 @@ def _layer_forward(
     return out, lse
 
 
-def _zero_rows(x: Tensor, rows: Tensor) -> None:
-    """By 16 bytes, of which a row has a whole number in every kernel's dtypes and head dims."""
-    if len(rows):
-        x.view(torch.complex128).index_fill_(0, rows, 0)
+def _zero_idle(x: Tensor, lengths: Sequence[int]) -> None:
+    """In one kernel for all stretches: an optimiser's call that sets gradients to zero."""
+    if len(lengths) > 1:
+        torch._foreach_zero_(x.split(lengths)[1::2])
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
