@@ -43,6 +43,7 @@ def sections() -> dict[str, Callable[[], str]]:
         "answer": lambda: answer(_rows("h200/lengths"), _rows("h200/backends")),
         "point": lambda: clocks(_rows("h200/lengths")),
         "fastest": lambda: fastest(_rows("h200/backends")),
+        "fastest-all": lambda: fastest(_rows("h200/paper_speeds")),
         "targets": lambda: targets(_rows("h200/backends")),
         "profile-varlen": lambda: profiles(RESULTS / "h200/profile_varlen.csv"),
         "profile-reformer": lambda: profiles(RESULTS / "h200/profile_reformer.csv", 0.05),

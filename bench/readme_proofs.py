@@ -70,15 +70,17 @@ def kill_proofs(results: Path) -> Iterator[Proof]:
 
 
 def _sweep_proofs(results: Path) -> Iterator[Proof]:
-    spent = {x["spent_on"]: float(x["seconds"]) for x in _records(results / "h200/heads.time.csv")}
-    parts = sorted(spent.items(), key=lambda item: -item[1])
-    cells = len({_cell(row) for row in read_rows(results / "h200/heads.csv")})
-    yield (
-        f"the {sum(spent.values()):.0f} s of `heads.csv`, {cells} cells, some in the caches",
-        ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts if seconds >= 1),
-        "`run_bench.py`",
-    )
     cold, warm = (read_rows(results / f"h200/sweep_{name}.csv") for name in ("cold", "warm"))
+    cells = len({_cell(row) for row in cold})
+    for name, caches in (("cold", "empty"), ("warm", "full")):
+        lines = _records(results / f"h200/sweep_{name}.time.csv")
+        spent = {x["spent_on"]: float(x["seconds"]) for x in lines}
+        parts = sorted(spent.items(), key=lambda item: -item[1])
+        yield (
+            f"a sweep of {cells} cells from {caches} caches: {sum(spent.values()):.0f} s",
+            ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts if seconds >= 1),
+            "`run_bench.py`",
+        )
     first = {_cell(row): row.median_us for row in cold if row.clock == "device"}
     pairs = [(first.get(_cell(row)), row.median_us) for row in warm if row.clock == "device"]
     both = [(a, b) for a, b in pairs if a is not None and min(a, b) >= 50]

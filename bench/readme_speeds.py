@@ -90,7 +90,7 @@ def _headline_caption(found: Sequence[Board], backend: str) -> str:
 
 def answer(lengths: list[Row], backends: list[Row]) -> str:
     """Right, fast, and what stops it: of `spattention` at the paper's point."""
-    rows = (*lengths, *backends)
+    rows = [row for row in (*lengths, *backends) if row.status != "unsupported"]
     passed = [row for row in rows if row.status == "ok"]
     worst = max(row.error_budget for row in passed)
     device, host = (_point(lengths, clock) for clock in ("device", "host"))
@@ -190,7 +190,11 @@ def targets(rows: list[Row]) -> str:
 def profiles(path: Path, least: float = 0.02) -> str:
     """Kernels of each call of a profile, the longest first: microseconds and share."""
     found = calls(read_profile(path))
-    heads = [f"N = {x.seq_len}, {x.phase}: {x.call_us:.0f} us" for x, *_ in found]
+    several = len({x.q_heads for x, *_ in found}) > 1
+    heads = [
+        f"{f'H = {x.q_heads}, ' if several else ''}N = {x.seq_len}, {x.phase}: {x.call_us:.0f} us"
+        for x, *_ in found
+    ]
     parts = [{kernel: us for kernel, _, us in shown(call, least)} for call in found]
     kernels = sorted({x for part in parts for x in part}, key=lambda x: _place(x, parts))
     lines = []
