@@ -61,11 +61,13 @@ class Finding:
 
 
 class Run:
-    """A run_bench.py process and everything that it starts."""
+    """A run_bench.py process and everything that it starts; what it compiles lies in `cache`."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, **options: object) -> None:
+    def __init__(
+        self, arguments: Sequence[str], folder: Path, cache: Path, **options: object
+    ) -> None:
         self.mark, self.log = f"{os.getpid()}-{time.monotonic_ns()}", folder / "log"
-        environ = os.environ | {MARK: self.mark, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+        environ = os.environ | {MARK: self.mark, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         command = [sys.executable, str(ROOT / "run_bench.py"), "--run", "run", "--output",
                    str(folder), *arguments]  # fmt: skip
         self.started = time.perf_counter()
@@ -168,6 +170,7 @@ class Ground:
 
     def __init__(self, device: str, folder: Path, kills: int, small: bool) -> None:
         self.device, self.folder, self.kills = device, folder, kills
+        self.cache = folder / "cache"
         self.random, self.number = random.Random(0), count()
         lengths = ("64", "96") if small else ("64", "96", "128", "192")
         self.base = (
@@ -195,7 +198,7 @@ class Ground:
     def reference(self, arguments: tuple[str, ...]) -> Reference:
         if arguments not in self._references:
             folder = self.new_folder()
-            run, times = Run(arguments, folder), [0.0]
+            run, times = Run(arguments, folder, self.cache), [0.0]
             while run.process.poll() is None:
                 if problems_in(folder) == len(times):
                     times.append(run.seconds)
@@ -223,13 +226,18 @@ class Case:
     crashed: bool = False  # whether rows of a failure may be there, of any cell
     culprit: str | None = None  # status of the rows of `faulty`
     complete: bool = False  # whether the disturbed run must have come to its end by itself
+    from_empty_caches: bool = False
 
     @property
     def path(self) -> Path:
         return self.folder / "results" / "run.csv"
 
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache" if self.from_empty_caches else self.ground.cache
+
     def start(self, **options: object) -> Run:
-        return Run(self.arguments, self.folder, **options)
+        return Run(self.arguments, self.folder, self.cache, **options)
 
     def conclude(
         self, run: Run | None, at: float | None, resume: Sequence[str] = (), note: str = ""
@@ -239,7 +247,7 @@ class Case:
         orphans = run.orphans() if run else 0
         log = run.log.read_text(errors="replace") if run else ""
         before = self.path.read_bytes() if self.path.exists() else b""
-        again = Run((*self.arguments, "--resume", *resume), self.folder)
+        again = Run((*self.arguments, "--resume", *resume), self.folder, self.cache)
         resumed = again.wait()
         orphans += again.orphans()
         log += again.log.read_text(errors="replace")

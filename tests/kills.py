@@ -150,7 +150,9 @@ def compile_kill(ground: Ground, kind: str) -> Iterator[Finding]:
     keys = ground.reference(arguments).keys
     for victim in ("the sweep", "a process that compiles"):
         what = f"kill -9 of {victim} while compiling ahead"
-        case = Case(ground, kind, what, arguments, keys, ground.new_folder())
+        case = Case(
+            ground, kind, what, arguments, keys, ground.new_folder(), from_empty_caches=True
+        )
         run = case.start()
         workers = run.wait_for_workers(2)
         run.wait_until(run.seconds + ground.random.uniform(3, 12))
@@ -203,7 +205,7 @@ def two_at_once(ground: Ground, kind: str) -> Iterator[Finding]:
     other = case.folder / "second"
     other.mkdir()
     (other / "results").symlink_to(case.path.parent)
-    second = Run((*case.arguments, "--resume"), other)
+    second = Run((*case.arguments, "--resume"), other, case.cache)
     refused = second.wait() == 2 and not _said(second, "is being written by another process")
     yield case.conclude(run, at, note="" if refused else "not refused")
 

@@ -20,6 +20,8 @@ pytestmark = [
     # Said by torch at every break between graphs that a tensor with a gradient crosses.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    # Of the router's softmax in OLMoE.
+    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),
 ]
 
 DEVICE = torch.device("cuda:0")
