@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -203,6 +204,8 @@ def _serve(connection: Connection, device: str, ceilings: bool) -> None:
     timing.use_side_stream(on)
     highest = measure_ceilings(on) if ceilings else None
     machine = Machine(environment(on), highest, chip.reader(on))
+    # What was imported stays: a garbage collection need not look at it, least of all in a sample.
+    gc.freeze()
     connection.send(("ready", machine.env))
     while True:
         try:
