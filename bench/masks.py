@@ -90,13 +90,14 @@ def _shrunk(grid: np.ndarray) -> np.ndarray:
 
 
 def draw_masks(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """A picture for each method of the suite, with the parameters that were measured.
+    """A picture for each method of the suite that was measured, with its parameters.
 
     Parameters come from a file that anybody may have written, so only a preset's name and
     literals reach the parser; those that the preset no longer takes get no picture, and neither
     does a method of the user's own, which a results file does not hold.
     """
-    measured = dict.fromkeys((row.method, row.params, row.causal) for row in rows)
+    sound = [row for row in rows if row.status == "ok"]  # others may need more than there is
+    measured = dict.fromkeys((row.method, row.params, row.causal) for row in sound)
     presets = [key for key in measured if key[0] in METHODS]
     several = Counter(name for name, _ in {key[:2] for key in presets})
     written = []

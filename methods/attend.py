@@ -147,7 +147,8 @@ def plan(
 ) -> Plan | Windows:
     """A function (q, k, v, state) -> (out, lse) of a method on one of BACKENDS.
 
-    What it compiles, it compiles on its first call.
+    What it compiles, it compiles on its first call. That k is q where a method shares them is the
+    caller's business here; `attend` looks.
 
     Raises:
         ValueError: the backend is unknown or does not take the method or the dtype, or the

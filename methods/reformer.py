@@ -24,8 +24,8 @@ MODES = ("exact", "transformers", "reformer_pytorch")
 MOST_IN_ONE_ROTATION = 128
 FAR = -(1 << 30)  # from every chunk
 MOST_BUCKETS = 1 << 31  # kernels hold them in int32
-# Of a check in float64: tokens a head, and the share that float32 may round into other buckets.
-TOKENS_LOOKED_AT, MOST_OTHER_BUCKETS = 512, 0.01
+# Of a check in float64: tokens at once, and the share that float32 may round into other buckets.
+TOKENS_AT_ONCE, MOST_OTHER_BUCKETS = 4096, 0.001
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ class Reformer(Method):
                 f"before {self.before} and after {self.after} go round the ring of "
                 f"{self.n_rounds * p.seq_len // self.chunk} chunks; more chunks are needed"
             )
+        elif (most := max(self.rotations(p))) > 2 * p.seq_len:
+            fault = f"n_buckets has {most} in one rotation; {p.seq_len} tokens fill fewer"
         elif any(size % 2 for size in self.rotations(p)):
             fault = f"N / chunk is {p.seq_len // self.chunk}; give an even n_buckets"
         elif (count := math.prod(self.rotations(p))) >= MOST_BUCKETS:
@@ -184,16 +186,19 @@ class Reformer(Method):
         return self._rounds(self.hash(q, p), p, math.prod(self.rotations(p)))
 
     def state_fault(self, q: Tensor, k: Tensor, p: Problem, state: Rounds) -> str | None:
-        """As `Method.state_fault`: some tokens' buckets in float64, and every line's order."""
-        some = torch.arange(0, p.seq_len, max(1, p.seq_len // TOKENS_LOOKED_AT), device=q.device)
-        buckets, counted = 0, 1
-        wide = rotated(q.detach()[:, :, some].double(), self._drawn(q, p))
-        for part, size in parts(wide, self.rotations(p)):
-            buckets = buckets + counted * torch.cat((part, -part), -1).argmax(-1)
-            counted *= size
-        other = float((buckets != state.buckets[..., some]).double().mean())
-        if other > MOST_OTHER_BUCKETS:
-            return f"{other:.1%} of the tokens are in other buckets than in float64"
+        """As `Method.state_fault`: every token's buckets in float64, and every line's order."""
+        others, drawn = 0, self._drawn(q, p)
+        tokens, known = (
+            x.split(TOKENS_AT_ONCE, d) for x, d in ((q.detach(), 2), (state.buckets, 3))
+        )
+        for some, own in zip(tokens, known, strict=True):
+            buckets, counted = 0, 1
+            for part, size in parts(rotated(some.double(), drawn), self.rotations(p)):
+                buckets = buckets + counted * torch.cat((part, -part), -1).argmax(-1)
+                counted *= size
+            others += int((buckets != own).sum())
+        if (share := others / state.buckets.numel()) > MOST_OTHER_BUCKETS:
+            return f"{share:.2%} of the tokens are in other buckets than in float64"
         if not torch.equal(state.order, state.buckets.argsort(dim=-1, stable=True)):
             return "slots are not in the order of buckets and positions"
         slots = torch.arange(p.seq_len, device=q.device).expand_as(state.slot)

@@ -218,6 +218,9 @@ def alike(state: Any) -> Any:
 
 WRONG_STATES = {
     "all in one bucket": lambda s: replace(s, buckets=s.buckets * 0),
+    "odd tokens in one bucket": lambda s: replace(
+        s, buckets=s.buckets * (torch.arange(s.buckets.shape[-1]) % 2 == 0)
+    ),
     "all rounds alike": alike,
     "positions for buckets": lambda s: replace(s, buckets=s.slot),
     "not sorted": lambda s: replace(s, order=s.slot.sort().values, slot=s.slot.sort().values),

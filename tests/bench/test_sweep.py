@@ -187,6 +187,11 @@ def test_a_method_that_fits_no_problem_is_refused_and_one_that_fits_some_is_not(
     assert expand(replace(request, methods=Sweep.methods))  # those that do not fit are rows
 
 
+def test_list_says_that_reformer_s_buckets_leak_the_future(capsys):
+    assert run_bench.main(["list"]) == 0
+    assert "its buckets leak the future, as the references' do" in capsys.readouterr().out
+
+
 def test_list_names_every_method_and_backend(capsys):
     assert run_bench.main(["list"]) == 0
     out = capsys.readouterr().out
