@@ -88,5 +88,5 @@ def test_a_results_file_is_data(tmp_path, params):
     assert draw_masks([make_row(method=str(tmp_path / "evil.py:METHOD"))], tmp_path) == []
 
 
-def test_what_could_not_be_measured_is_not_tried_again(make_row, tmp_path):
+def test_what_could_not_be_measured_is_not_tried_again(tmp_path):
     assert draw_masks([make_row(method="spattention", status="oom")], tmp_path) == []
