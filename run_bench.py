@@ -23,8 +23,9 @@ from bench.compare import compare, sides
 from bench.paper_run import Paper, reproduce
 from bench.profile import Profile, is_profile, print_profile, profile, read_profile
 from bench.record import read_rows
+from bench.request import Sweep, named_device
 from bench.specs import parameters_text
-from bench.sweep import Sweep, named_device, sweep
+from bench.sweep import sweep
 from bench.train import Train, train
 from methods import METHODS
 

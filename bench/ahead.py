@@ -42,8 +42,9 @@ class Known:
 
 T = TypeVar("T")
 
-# Processes: on a GPU each has a context of half a GiB and the tensors of a cell.
-MOST = 16
+MOST = 16  # processes
+# Of each on a GPU: its context, and the tensors of a cell, in tensors of the queries' size.
+CONTEXT_BYTES, TENSORS, SHARE_OF_MEMORY = 0.6e9, 12, 0.8
 
 _BEFORE, _FORWARD = ("layout", "prepare"), ("fwd",)
 
@@ -69,7 +70,9 @@ def compile_ahead(
         else:
             known[group.problem, group.block_size, cell] = Known(None, seen)
             on_done()
-    finished = side_by_side(first_call, jobs, set_up_sweep, time_limit, on_done)
+    finished = side_by_side(
+        first_call, jobs, set_up_sweep, time_limit, on_done, _room([group for group, _ in jobs])
+    )
     if memory:
         memory.add((*job, found.ran) for job, found in finished if found.whole)
     for (group, cell), found in finished:
@@ -111,6 +114,19 @@ def side_by_side(
             _kill(pool)
         pool.shutdown(cancel_futures=True)
     return found
+
+
+def _room(groups: Sequence[Group]) -> int:
+    """Processes whose largest cells the device holds side by side."""
+    if not groups or groups[0].device == "cpu":
+        return MOST
+    largest = max(
+        p.batch * p.q_heads * p.seq_len * p.head_dim * p.torch_dtype.itemsize
+        for p in (group.problem for group in groups)
+    )
+    memory = torch.cuda.get_device_properties(groups[0].device).total_memory
+    count = int(SHARE_OF_MEMORY * memory / (CONTEXT_BYTES + TENSORS * largest))
+    return max(1, min(MOST, count))
 
 
 def cores() -> int:

@@ -62,6 +62,7 @@ class Prepared:
     Attributes:
         kept: block lists and what else a captured graph reads by its address.
         refused: by phase, the status and the reason of what is not timed.
+        uncaptured: by phase, why no graph could hold it, so that CUPTI timed it.
     """
 
     cell: Cell
@@ -71,6 +72,7 @@ class Prepared:
     facts: dict = field(default_factory=dict)
     layout_bytes: int | None = None
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
+    uncaptured: dict[str, str] = field(default_factory=dict)
     samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)
     series: dict[tuple[str, str], Series] = field(default_factory=dict)
 
@@ -124,7 +126,8 @@ def _row(
     values |= prepared.facts | (ceilings._asdict() if ceilings else {})
     if phase == "layout":
         values["peak_bytes"] = prepared.layout_bytes
-    values["status"], values["reason"] = prepared.refused.get(phase, ("ok", None))
+    sound = "ok", prepared.uncaptured.get(phase) if clock == "kernels" else None
+    values["status"], values["reason"] = prepared.refused.get(phase, sound)
     if series := prepared.series.get((phase, clock)):
         values |= _figures(series, group.shared)
     return Row(

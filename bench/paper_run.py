@@ -18,8 +18,9 @@ from bench.paper_figures import draw_complexity, draw_mask_figures, draw_special
 from bench.paper_page import page
 from bench.paper_speeds import ATTENTION_ALONE, Throughput, micro_benchmark, throughput
 from bench.record import ROOT, read_rows
+from bench.request import Sweep, check_run_name
 from bench.specialisation import specialisation
-from bench.sweep import Sweep, check_run_name, sweep
+from bench.sweep import sweep
 from bench.tables import read_table, write_table
 
 COMMITTED = ROOT / "results" / "h200"

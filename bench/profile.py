@@ -21,8 +21,8 @@ from bench.failures import CELL_ERRORS, one_line, status_of
 from bench.kernels import described
 from bench.measure import Bench, Clockwork
 from bench.record import ROOT, code_hash
+from bench.request import Sweep, expand, must_be_writable, named_device
 from bench.specs import parameters_text, parse_method, source_file
-from bench.sweep import Sweep, expand, must_be_writable, named_device
 from bench.tables import read_table, write_table
 from bench.worker import set_up_sweep
 from methods import Problem

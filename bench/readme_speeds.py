@@ -78,21 +78,28 @@ def _headline_cell(board: Board, cell: Cell) -> str:
 
 
 def _headline_caption(found: Sequence[Board], backend: str) -> str:
-    rivals = list(dict.fromkeys(cell.backend for board in found for cell in board.dense()))
-    dense = f" Dense backends: {', '.join(rivals)}." if len(rivals) > 1 else ""
     head = found[0].head
+    dense = [(board.row(cell, "fwd_bwd"), cell) for board in found for cell in board.dense()]
+    runs = {cell.backend: row.run for row, cell in dense if row}
+    own, others = ([x for x in runs if (runs[x] == head.run) == same] for same in (True, False))
+    told = f"{', '.join(own)}{'; of another run ' if others else ''}{', '.join(others)}"
+    dense = f" Dense backends: {told}." if len(runs) > 1 else ""
     return (
         f"Tokens/s, forward + backward, on `{backend}` by the {head.clock} clock; in "
         f"brackets the speed-up over `{BASELINE}` on the same backend.{dense} "
-        f"{problem_title(head, without=['seq_len'])}."
+        f"{problem_title(head, without=['seq_len'])} · torch {head.torch}."
     )
 
 
 def answer(lengths: list[Row], backends: list[Row]) -> str:
     """Right, fast, and what stops it: of `spattention` at the paper's point."""
     rows = [row for row in (*lengths, *backends) if row.status != "unsupported"]
-    passed = [row for row in rows if row.status == "ok"]
-    worst = max(row.error_budget for row in passed)
+    cells: dict[tuple, bool] = {}
+    for row in rows:
+        cell = row.run, row.problem, row.method, row.params, row.backend
+        cells[cell] = cells.get(cell, True) and row.status == "ok"
+    count = f"{sum(cells.values())} of {len(cells)} cells"
+    worst = max(row.error_budget for row in rows if row.status == "ok")
     device, host = (_point(lengths, clock) for clock in ("device", "host"))
     best = _point(backends, "device")
     flex, own = Cell("spattention", None, "flex"), best.fastest("spattention", "fwd_bwd")
@@ -101,8 +108,8 @@ def answer(lengths: list[Row], backends: list[Row]) -> str:
     waits = compare(host.row(dense, "fwd_bwd"), host.row(flex, "fwd_bwd"))
     gain = device.over_same_backend(flex, "fwd_bwd").value
     return "\n".join((
-        f"- **Right?** {len(passed)} of {len(rows)} rows behind this page's tables of `flex` and "
-        f"of backends passed the check; the worst took {worst:.0%} of its error budget.",
+        f"- **Right?** {count} behind this page's tables of `flex` and of backends passed the "
+        f"check; the worst took {worst:.0%} of its error budget.",
         f"- **Fast?** `spattention` is {gain:.2f} times as fast as `standard` on `flex`, and on "
         f"its fastest backend ({own.backend}) {over_rival:.2f} times as fast as dense attention "
         f"on its own ({rival.backend}), by the device clock. An eager caller, who waits for "

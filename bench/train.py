@@ -22,10 +22,10 @@ from bench.derived import BASELINE
 from bench.models import MODELS, Model, build, model_of_file, parameters, with_options
 from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import STEP, Environment, Row, Store, code_hash, environment
+from bench.request import check_run_name, destination, named_device
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
 from bench.steps import Job, compile_first, method_of, read_text, unfinished
-from bench.sweep import check_run_name, destination, named_device
 from bench.worker import SPAWN, set_up
 from methods import METHODS, Problem
 

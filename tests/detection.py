@@ -23,9 +23,9 @@ from bench.backends import BACKENDS, forward_backward
 from bench.compare import verdict
 from bench.derived import UNPAIRED
 from bench.record import ROOT, environment
+from bench.request import named_device
 from bench.sampling import sample_rounds
 from bench.stats import ratio_interval
-from bench.sweep import named_device
 from methods import METHODS, Problem
 
 ROUNDS, SECONDS = 30, 2.0

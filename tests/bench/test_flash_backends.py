@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import sweep
+from bench import request
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group
-from bench.measure import Bench
+from bench.measure import Bench, Clockwork
 from methods import METHODS, Problem
 from methods.attend import attend, executor, plan
 from methods.longformer import Longformer
@@ -76,7 +76,7 @@ def test_a_cpu_lacks_them_and_says_so(name):
     reason = BACKENDS[name].missing(CPU)
     assert "CUDA" in reason and "\n" not in reason
     with pytest.raises(ValueError, match=f"--backends has '{name}', which this machine lacks"):
-        sweep.expand(sweep.Sweep(seq_len=(64,), device="cpu", backends=(name,)))
+        request.expand(request.Sweep(seq_len=(64,), device="cpu", backends=(name,)))
 
 
 def test_flash_on_a_cpu_is_refused_by_attend():
@@ -91,7 +91,7 @@ def test_the_default_on_a_gpu_is_what_is_installed(monkeypatch, lacking):
         monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], missing=missing))
     dense = ["sdpa-flash", "sdpa-cudnn", "sdpa-efficient"]
     fastest = [name for name in ("flash", "varlen", "fa4") if name not in lacking]
-    assert list(sweep._default_backends(CUDA)) == ["flex", *fastest, *dense]
+    assert list(request._default_backends(CUDA)) == ["flex", *fastest, *dense]
 
 
 def test_methods_of_varlen_and_fa4():
@@ -123,7 +123,7 @@ def test_what_flash_attn_4_does_not_take_is_unsupported(monkeypatch, error, stat
             BACKENDS[name], build=build, missing=lambda d: None, refuses=lambda *cell: None
         )
         monkeypatch.setitem(BACKENDS, name, backend)
-        bench = Bench(group, CPU, sweep.Clockwork())
+        bench = Bench(group, CPU, Clockwork())
         refused = bench.prepare(Cell("standard", name)).refused["fwd"]
         assert refused[0] == status and str(error) in refused[1]
 

@@ -88,6 +88,17 @@ def test_what_needs_cupti_is_sampled_when_all_else_is_done():
     assert all(len(x.series["fwd", "kernels"].samples) == 3 for x in ready)
 
 
+def test_what_no_graph_could_hold_says_why():
+    group, cell = replace(GROUP, phases=("fwd",), device="cuda:0"), GROUP.cells[0]
+    prepared = Prepared(cell, METHODS["standard"], facts={"allowed_pairs": 1})
+    prepared.uncaptured["fwd"] = "no graph: RuntimeError: it waits"
+    for clock in ("kernels", "host"):
+        prepared.series["fwd", clock] = Series(samples=[(0, 5.0), (1, 5.0)])
+    found = {row.clock: row for row in rows_of(group, ENVIRONMENT, prepared, None)}
+    assert found["kernels"].reason == "no graph: RuntimeError: it waits"
+    assert (found["kernels"].status, found["host"].reason) == ("ok", None)
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(0.001, "ok"), (0.5, "mismatch"), (inf, "mismatch")]
 )

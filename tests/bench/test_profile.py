@@ -11,7 +11,7 @@ import run_bench
 from bench import profile
 from bench.kernels import described
 from bench.profile import BETWEEN, Line, calls, kernels_of, print_profile, read_profile, shown
-from bench.sweep import expand
+from bench.request import expand
 from bench.tables import write_table
 
 LINE = Line(

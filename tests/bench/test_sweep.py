@@ -10,7 +10,7 @@ import pytest
 import run_bench
 from bench import sweep
 from bench.record import ROOT, read_rows
-from bench.sweep import Sweep, expand
+from bench.request import Sweep, expand
 from tests.bench.rows import make_row
 
 SMALL = [
@@ -97,11 +97,11 @@ METHOD = Mine()
     specs = (f"{file}:METHOD", f"{file}:METHOD:wrong=True")
     rows = [make_row(method="mine", params="wrong=False"),
             make_row(method="mine", params="wrong=True", status="crash")]  # fmt: skip
-    drawn = sweep._draw_own_masks(sweep.Sweep(methods=specs), rows, tmp_path)
+    drawn = sweep._draw_own_masks(Sweep(methods=specs), rows, tmp_path)
     assert {path.stem for path in drawn} == {"mask_mine_wrong=False"}
     with pytest.raises(SystemExit):
         changed = [rows[0], replace(rows[1], status="ok")]
-        sweep._draw_own_masks(sweep.Sweep(methods=specs), changed, tmp_path)
+        sweep._draw_own_masks(Sweep(methods=specs), changed, tmp_path)
 
 
 @pytest.mark.parametrize(
