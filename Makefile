@@ -10,10 +10,11 @@
 # make clocks                         (GPU) the device clock against CUPTI's and triton's
 # make attend-cost                    (GPU) what attend() costs a call
 # make serial                         (GPU) what cells cost that are compiled and timed one by one
-# The first of them installs everything into .venv.
+# The first of them installs everything into .venv; EXTRAS=dev,flash also flash-attn-4 (Hopper GPUs).
 
 PYTHON ?= python3
 ARGS =
+EXTRAS = dev
 
 .PHONY: bench paper test readme kills detection faults clocks attend-cost serial clean
 
@@ -50,5 +51,5 @@ clean:
 	@echo "Installing into .venv, once: about 1.5 GB, with CUDA 5 GB"
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/pip install --quiet --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable ".[dev]"
+		--constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@

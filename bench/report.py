@@ -212,6 +212,7 @@ def _notes(board: Board) -> Iterator[Text]:
     if named := [f"{name} {cell.params}" for name, cell in known.items() if name in plain]:
         yield Text("parameters: " + "; ".join(named).replace(",", ", "), style="dim")
     yield from _prepared(board)
+    yield from _fastest(board)
     yield from _reasons(board)
     yield from _too_good(board)
     yield from _disturbed(board)
@@ -221,6 +222,20 @@ def _prepared(board: Board) -> Iterator[Text]:
     found = [(cell, board.prepare_share(cell)) for cell in board.cells]
     if told := [f"{x.label} on {x.backend} {share:.0%}" for x, share in found if share]:
         yield Text("hash, sort and gather, of fwd: " + ", ".join(told), style="dim")
+
+
+def _fastest(board: Board) -> Iterator[Text]:
+    """The backend of choice of each method that was timed on several."""
+    timed = {p: [c for c in board.cells if board.us(c, p)] for p in ("fwd_bwd", "fwd")}
+    phase = "fwd_bwd" if timed["fwd_bwd"] else "fwd"
+    chosen: dict[str, list[str]] = {}
+    for cell, label in zip(board.cells, labels(board.cells), strict=True):
+        same = [x for x in timed[phase] if x._replace(backend=cell.backend) == cell]
+        if len(same) > 1 and min(same, key=lambda x: board.us(x, phase)) == cell:
+            chosen.setdefault(cell.backend, []).append(label)
+    if chosen:
+        told = "; ".join(f"on {backend} {', '.join(names)}" for backend, names in chosen.items())
+        yield Text(f"fastest, {PHASE_NAMES[phase]}: {told}")
 
 
 def _reasons(board: Board) -> Iterator[Text]:

@@ -17,6 +17,8 @@ from bench.record import PHASES, ROOT
 from bench.specs import parse_method
 from methods import METHODS, Method, Problem
 
+FAST = "flash", "varlen", "fa4"  # backends that not every GPU has
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -200,9 +202,22 @@ def _cells(request: Sweep) -> tuple[Cell, ...]:
 def _default_backends(device: torch.device) -> tuple[str, ...]:
     """The fastest ways there are, as far as they are installed, and the dense peers."""
     if device.type == "cuda":
-        fastest = (x for x in ("flash", "varlen", "fa4") if not BACKENDS[x].missing(device))
+        fastest = (x for x in FAST if not BACKENDS[x].missing(device))
         return ("flex", *fastest, "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
     return ("flex", "blockwise", "sdpa-flash")
+
+
+def left_out(request: Sweep) -> str | None:
+    """The fast backends that a sweep of all would have and this machine lacks, and why."""
+    device = named_device(request.device)
+    if request.backends or device.type != "cuda":
+        return None
+    reasons: dict[str, list[str]] = {}
+    for name in FAST:
+        if missing := BACKENDS[name].missing(device):
+            reasons.setdefault(missing, []).append(name)
+    told = (f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return f"left out: {'; '.join(told)}" if reasons else None
 
 
 def _block_size(text: str) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from bench.cells import Group
 from bench.measure import Clockwork
 from bench.recall import Memory
 from bench.record import Environment, Row, Store, code_hash
-from bench.request import Sweep, destination, expand
+from bench.request import Sweep, destination, expand, left_out
 from bench.specs import AUTHOR_ERRORS, parameters_text, parse_method, source_file
 from bench.worker import Worker
 from methods import Problem
@@ -40,6 +40,8 @@ def sweep(request: Sweep, console: Console) -> int:
     with Store(csv_path) as store, _timed(csv_path.with_suffix(".time.csv"), clockwork):
         if store.damaged:
             console.print(f"damaged lines: {store.damaged}, now in {store.aside}", highlight=False)
+        if missing := left_out(request):
+            console.print(missing, highlight=False, markup=False)
         rows = _measure(request, groups, store, clockwork, console)
         with clockwork.on("report"):
             report.print_report(rows, console)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from methods.method import Problem
 
 FLASH_DTYPES = ("bfloat16", "float16")
+# A beta: the functions that are called here have no stable signature, and some earlier ones gave
+# wrong gradients without a word.
+FLASH_4 = "4.0.0b36"
 
 
 class Packed(NamedTuple):
@@ -210,15 +214,22 @@ def flash_4_missing(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 9:
         return f"flash-attn-4 needs compute capability 9.0; this device has {major}.{minor}"
-    return _flash_4_import_error()
+    return _flash_4_fault()
 
 
 @lru_cache
-def _flash_4_import_error() -> str | None:
+def _flash_4_fault() -> str | None:
+    """Why flash-attn-4 cannot be used here, whatever the device."""
+    try:
+        found = version("flash-attn-4")
+    except PackageNotFoundError:
+        return "flash-attn-4 is not installed (extra `flash`)"
+    if found != FLASH_4:
+        return f"flash-attn-4 is {found}; {FLASH_4} is what is known to be right (extra `flash`)"
     try:
         import flash_attn.cute.interface  # noqa: F401
-    except ImportError as error:
-        return f"flash-attn-4 is not installed (extra `flash`): {error}"
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
+        return f"flash-attn-4 cannot be imported: {type(error).__name__}: {error}"
     return None
 
 

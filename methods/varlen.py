@@ -24,6 +24,8 @@ from methods.method import Method, Problem
 
 # Results of N x D elements a head that are merged: each costs a pass over memory of its own.
 MOST_LAYERS = 2
+# Of rows in use and idle, by turns: more are listed row by row.
+MOST_STRETCHES = 100
 
 
 class Piece(NamedTuple):
@@ -88,17 +90,39 @@ def refusal(method: Method, p: Problem) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """Calls whose query rows, and key rows, are all different, and where the others lie.
+class Idle:
+    """Rows of a tensor that no sequence has.
 
     Attributes:
-        queries: lengths that cut the rows of out, by turns, into rows of calls and idle ones.
-        rows: likewise of dq, dk and dv below one another.
+        lengths: cut all rows, by turns, into those in use and idle ones; the first may be 0.
+        rows: the idle ones, int64, where there are many stretches: each costs the host a view.
+    """
+
+    lengths: tuple[int, ...]
+    rows: Tensor | None
+
+    def zero(self, x: Tensor) -> None:
+        """Sets these rows of x [rows, 1, D] to zero."""
+        if self.rows is not None:
+            # By 16 bytes, of which a row is a multiple in every kernel's dtypes and head dims.
+            x.flatten(1).view(torch.complex128).index_fill_(0, self.rows, 0)
+        elif len(self.lengths) > 1:
+            # An optimiser's call for its gradients: few kernels, however many tensors.
+            torch._foreach_zero_(x.split(self.lengths)[1::2])
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Calls whose query rows, and key rows, are all different.
+
+    Attributes:
+        idle_queries: of out.
+        idle: of dq, dk and dv below one another.
     """
 
     calls: tuple[Spans, ...]
-    queries: tuple[int, ...]
-    rows: tuple[int, ...]
+    idle_queries: Idle
+    idle: Idle
 
 
 @torch.inference_mode(False)
@@ -111,24 +135,29 @@ def prepared(method: Banded, p: Problem, device: torch.device) -> tuple[Layer, .
         ]  # fmt: skip
         windows = {piece.window: None for piece in pieces}
         calls = [_call([y for y in placed if y[1].window == w], rows, device) for w in windows]
-        queries = _idle([(first + x.q, x.queries) for first, x in placed], rows)
-        keys = _idle([(first + x.k, x.keys) for first, x in placed], rows)
-        made.append(Layer(tuple(calls), _lengths(queries), _lengths(queries, keys, keys)))
+        queries = _unused([(first + x.q, x.queries) for first, x in placed], rows)
+        keys = _unused([(first + x.k, x.keys) for first, x in placed], rows)
+        made.append(
+            Layer(tuple(calls), _idle([queries], device), _idle([queries, keys, keys], device))
+        )
     return tuple(made)
 
 
-def _idle(taken: Sequence[tuple[int, int]], rows: int) -> Tensor:
+def _unused(taken: Sequence[tuple[int, int]], rows: int) -> Tensor:
     """Whether no sequence has a row, bool [rows], from first rows and lengths."""
-    idle = torch.ones(rows, dtype=torch.bool)
+    unused = torch.ones(rows, dtype=torch.bool)
     for start, length in taken:
-        idle[start : start + length] = False
-    return idle
+        unused[start : start + length] = False
+    return unused
 
 
-def _lengths(*idle: Tensor) -> tuple[int, ...]:
-    """Of the stretches of rows that are in use and idle, by turns; the first may be empty."""
-    kinds, lengths = torch.cat(idle).unique_consecutive(return_counts=True)
-    return (*[0] * int(kinds[0]), *lengths.tolist())
+def _idle(unused: Sequence[Tensor], device: torch.device) -> Idle:
+    """Of tensors below one another."""
+    all_rows = torch.cat(tuple(unused))
+    kinds, lengths = all_rows.unique_consecutive(return_counts=True)
+    many = len(lengths) > MOST_STRETCHES
+    rows = all_rows.nonzero().flatten().to(device) if many else None
+    return Idle((*[0] * int(kinds[0]), *lengths.tolist()), rows)
 
 
 def _call(placed: Sequence[tuple[int, Piece]], rows: int, device: torch.device) -> Spans:
@@ -198,6 +227,7 @@ class _Attention(torch.autograd.Function):
         ctx.shape, ctx.kernel, ctx.layers = shape, kernel, layers
         out, lse = out.view(shape), lse.view(shape[:-1])
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # zeros for lse, which nobody reads
         return out, lse
 
     @staticmethod
@@ -209,7 +239,7 @@ class _Attention(torch.autograd.Function):
             # With the merged out and lse each layer's weights are its part of the one softmax,
             # so that its gradients are terms of a sum.
             grads = q.new_empty(3, *q.shape)
-            _zero_idle(grads.flatten(0, 1), layer.rows)
+            layer.idle.zero(grads.flatten(0, 1))
             for call in layer.calls:
                 ctx.kernel.backward(dout, q, k, v, out, lse, *grads, call)
             total = grads if total is None else total.add_(grads)
@@ -220,18 +250,12 @@ def _layer_forward(
     kernel: Kernel, layer: Layer, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _zero_idle(out, layer.queries)
+    layer.idle_queries.zero(out)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = torch.full((1, len(q)), -torch.inf, dtype=dtype, device=q.device)
     for call in layer.calls:
         kernel.forward(q, k, v, out, lse, call)
     return out, lse
-
-
-def _zero_idle(x: Tensor, lengths: Sequence[int]) -> None:
-    """In one kernel for all stretches: an optimiser's call that sets gradients to zero."""
-    if len(lengths) > 1:
-        torch._foreach_zero_(x.split(lengths)[1::2])
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,18 @@ def test_what_disturbed_a_measurement_comes_with_a_remedy():
     assert "1 rows met the chip's power cap, which is normal" in text
 
 
+def test_the_fastest_backend_of_each_method_is_named():
+    rows = [
+        make_row(method=method, backend=backend, median_us=us)
+        for method, times in (("standard", (4.0, 3.0)), ("spattention", (1.0, 2.0)))
+        for backend, us in zip(("flex", "fa4"), times, strict=True)
+    ]
+    alone = make_row(method="bigbird", backend="flex", median_us=9.0)
+    text = printed([*rows, alone])
+    assert "fastest, fwd+bwd: on flex spattention; on fa4 standard" in text.splitlines()
+    assert "fastest" not in printed([rows[0], alone]).replace("x fastest", "")
+
+
 def test_forward_stands_in_and_says_so():
     rows = [
         make_row(**DENSE, phase="fwd", median_us=100.0),
@@ -239,8 +251,16 @@ def test_headline():
         "",
         "Tokens/s, forward + backward, on `flex` by the device clock; in brackets the speed-up "
         "over `standard` on the same backend. Dense backends: flex, sdpa-cudnn. "
-        "batch 1 · 8 heads · head_dim 128 · bfloat16 · causal · blocks 128x128 · Chip X.",
+        "batch 1 · 8 heads · head_dim 128 · bfloat16 · causal · blocks 128x128 · Chip X "
+        "· torch 2.13.0.",
     ]
+
+
+def test_headline_names_what_another_run_measured():
+    rows = [*headline_rows(), make_row(method="standard", backend="fa4", run="other")]
+    assert "Dense backends: flex, sdpa-cudnn; of another run fa4." in headline_markdown(
+        rows, backend="flex"
+    )
 
 
 def test_headline_of_a_chosen_clock():

@@ -1,13 +1,15 @@
 """Banded methods as windows over shifted keys, by kernels that stand in for flash-attention."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
-from methods import METHODS, Banded, Problem, attend
+from methods import METHODS, Banded, Problem, attend, flash_kernels
 from methods import varlen as module
 from methods.attend import plan
 from methods.compiled import compiled_copy
@@ -141,8 +143,11 @@ def test_other_shapes(name, p, reference):
     assert_as_blockwise(method, p)
 
 
+@pytest.mark.parametrize("most", [0, module.MOST_STRETCHES])
 @pytest.mark.parametrize("method", [METHODS["spattention"], METHODS["gapped_bands"], UNEVEN])
-def test_empty_rows_and_unused_keys_are_exactly_zero(method, kernel):
+def test_empty_rows_and_unused_keys_are_exactly_zero(method, most, kernel, monkeypatch):
+    """However many stretches of idle rows are zeroed one by one."""
+    monkeypatch.setattr(module, "MOST_STRETCHES", most)
     p = problem()
     q, k, v, _ = tensors(p)
     out, lse = plan(method, p, "varlen")(q, k, v)
@@ -267,6 +272,23 @@ def test_what_a_call_cannot_bring(reference):
         attend(q, k, v, "longformer", backend="varlen", global_tokens=chosen)
     with pytest.raises(ValueError, match="takes no state"):
         attend(q, k, v, "longformer", backend="varlen", state=object())
+
+
+def test_another_flash_attn_4_is_not_used(monkeypatch):
+    """Its private functions are called, and some versions were wrong in silence."""
+    fault = flash_kernels._flash_4_fault.__wrapped__
+    monkeypatch.setattr(flash_kernels, "version", lambda name: "4.0.0b3")
+    assert fault() == (
+        "flash-attn-4 is 4.0.0b3; 4.0.0b36 is what is known to be right (extra `flash`)"
+    )
+    monkeypatch.setattr(flash_kernels, "version", lambda name: flash_kernels.FLASH_4)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert fault().startswith("flash-attn-4 cannot be imported: ModuleNotFoundError")
+
+
+def test_the_version_is_the_one_that_the_extra_installs():
+    text = (Path(flash_kernels.__file__).parents[1] / "pyproject.toml").read_text()
+    assert f"flash-attn-4[cu13]=={flash_kernels.FLASH_4}" in text
 
 
 def test_a_cpu_has_no_kernel():
