@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,12 +78,15 @@ def draw_mask_figures(folder: Path) -> list[Path]:
 def _panels(title: str, panels: Sequence[Panel], blocks: bool) -> Figure:
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure((1.0 + 2.0 * columns, 1.1 + 2.0 * rows), dpi=140, layout="constrained")
+    side = 2.6 if blocks else 2.0  # inches; frames need room
+    figure = Figure((1.0 + side * columns, 1.1 + side * rows), dpi=140, layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for place, panel in zip(places.flat, panels, strict=True):
         draw_mask(place, panel.grid, panel.name)
         if blocks:
             _outline(place, panel)
+    if blocks:
+        title += f" · blocks of {len(panels[0].grid) // len(panels[0].classes)}"
     figure.suptitle(textwrap.fill(title, 26 * columns), fontsize=10)
     figure.supxlabel("key", fontsize=9)
     figure.supylabel("query", fontsize=9)
@@ -97,16 +100,19 @@ def _panels(title: str, panels: Sequence[Panel], blocks: bool) -> Figure:
 
 
 def _outline(place: Axes, panel: Panel) -> None:
-    """A frame inside each block that a kernel visits, in the colour of its class."""
+    """A frame inside each block that a kernel visits, in the colour of its class.
+
+    It lies at the very edge: some blocks hold no more than a corner.
+    """
     side = len(panel.grid) // len(panel.classes)
-    inset = side / 12
+    inset = side / 28
     for row, column in zip(*panel.classes.nonzero(), strict=True):
         _, colour = CLASSES[panel.classes[row, column]]
         left, right = column * side + inset, (column + 1) * side - inset
         top, bottom = row * side + inset, (row + 1) * side - inset
         place.plot(
             (left, right, right, left, left), (top, top, bottom, bottom, top), color=colour,
-            linewidth=1.1, solid_joinstyle="miter",
+            linewidth=0.9, solid_joinstyle="miter",
         )  # fmt: skip
 
 
@@ -120,20 +126,14 @@ def draw_complexity(lines: Iterable[Complexity], stem: Path) -> list[Path]:
     looks = styles(Cell(name, None, "") for name in found)
     sides = (("pairs that take part", "allowed"), ("pairs in visited blocks", "computed"))
     for place, (title, what) in zip(places, sides, strict=True):
+        whole = np.array(getattr(dense, f"{what}_by_head"))
+        shares = {x: np.array(getattr(found[x], f"{what}_by_head")) / whole for x in found}
         for name in in_order(found):
-            shares = [
-                mine / whole
-                for mine, whole in zip(
-                    getattr(found[name], f"{what}_by_head"),
-                    getattr(dense, f"{what}_by_head"),
-                    strict=True,
-                )
-            ]
             place.plot(
-                range(len(shares)), shares, label=name, color=looks[name].colour,
-                marker=looks[name].marker, linestyle=looks[name].line, fillstyle=looks[name].fill,
+                shares[name], label=name, color=looks[name].colour, marker=looks[name].marker,
+                linestyle=looks[name].line, fillstyle=looks[name].fill,
             )  # fmt: skip
-        place.set_title(title, fontsize=9)
+        place.set_title("\n".join((title, *_coinciding(shares))), fontsize=9)
         _by_head(place)
     places[0].set_ylabel("share of a dense head's", fontsize=9)
     places[0].set_ylim(0, 1.05)
@@ -142,6 +142,16 @@ def draw_complexity(lines: Iterable[Complexity], stem: Path) -> list[Path]:
     title = f"Work of each head · N {shape[0]} · {shape[1]} heads · blocks {dense.q_block}"
     figure.suptitle(title, fontsize=10, x=0.02, ha="left")
     return save(figure, stem)
+
+
+def _coinciding(shares: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """A line for each set of methods whose curves are one, of which only the last is seen."""
+    groups: dict[tuple, list[str]] = {}
+    for name in in_order(shares):
+        groups.setdefault(tuple(shares[name]), []).append(name)
+    for names in groups.values():
+        if len(names) > 1:
+            yield f"the same: {', '.join(names)}"
 
 
 def draw_specialisation(lines: Iterable[Specialised], stem: Path) -> list[Path]:

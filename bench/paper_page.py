@@ -8,11 +8,17 @@ from statistics import mean
 
 from bench import paper
 from bench.complexity import Complexity
-from bench.paper_claims import NOT_MEASURED, Results, claims, percent, untrained_entropy
+from bench.paper_claims import MADE_BY, Results, claims, percent, times, untrained_entropy
 from bench.paper_figures import FIGURE_2_HEAD
-from bench.paper_speeds import ATTENTION_ALONE, Point, Throughput
+from bench.paper_speeds import ATTENTION_ALONE, EAGER, NOT_MEASURED, Point, Throughput
 from bench.report import quantity
-from bench.specialisation import LOG_FLOOR, RECIPE, Specialised
+from bench.specialisation import (
+    ENTROPY_TOLERANCE,
+    LOG_FLOOR,
+    RECIPE,
+    SIGMA_TOLERANCE,
+    Specialised,
+)
 from bench.specs import parameters_text
 from bench.tables import markdown
 from methods import METHODS
@@ -25,6 +31,7 @@ def page(results: Results) -> str:
     sections = (
         _head(),
         _claims(results),
+        RELEASED_CODE,
         _masks(),
         _complexity(results.complexity),
         _micro_benchmark(results.micro_benchmark),
@@ -43,9 +50,11 @@ def _head() -> Iterator[str]:
     yield (
         "`spattention` is the paper's equations 2 to 4, `spattention_released` the mask of its "
         "released `SPAttention.py`, which gives every head a local band besides its own. They "
-        "are two masks, so each figure says which one it is of. The paper's figures are quoted "
-        "from `bench/paper.py`; ours are made by the command beside them. Speeds are those of "
-        "the results file under their table: ratios of medians of one run."
+        "are two masks, so each figure says which one it is of. The released file of the ablation "
+        "EBALL is equation 4 too: `spattention` is EBALL, which Table 3 lists beside SPAttention. "
+        "The paper's figures are quoted from `bench/paper.py`; ours are made by the command "
+        "beside them. Speeds are those of the results file under their table: ratios of medians "
+        "of one run of one code, with 99 % intervals."
     )
 
 
@@ -54,6 +63,28 @@ def _claims(results: Results) -> Iterator[str]:
     yield ""
     heads = ("claim", "where", "the paper", "measured here", "made by")
     yield from markdown(heads, claims(results), numbers=())
+    yield ""
+    yield RANKS_TEXT
+
+
+RANKS_TEXT = (
+    "Samples that do not tell methods apart by 1 % leave them several ranks: from 1 more than the "
+    "methods told to be faster, to as many as are not told to be slower. In an order, `>` stands "
+    "where all ranks before it are below all ranks after it, and `or` elsewhere. Where a method "
+    "is missing there are neither ranks nor an order."
+)
+RELEASED_CODE = (
+    "## The released code",
+    "",
+    "Harry-Miral/MEHC, besides its masks:",
+    "",
+    "- As released, `model.py` hands q, k and v to the attention transposed, so attention runs "
+    "across the heads of one token and mixes no tokens (run with ai2-olmo 0.6.0: replacing token "
+    "5 changes the logits at position 5 only). Whether the paper's runs used this code cannot be "
+    "told from the repository.",
+    "- It calls `flex_attention` without `torch.compile`, which materialises the N x N scores. "
+    f"The backend `{EAGER}` is that call.",
+)
 
 
 def _masks() -> Iterator[str]:
@@ -136,15 +167,20 @@ def _micro_benchmark(points: Sequence[Point]) -> Iterator[str]:
         f"Forward + backward, batch {p.batch}, {p.q_heads} heads, N = {p.seq_len}, head dim "
         f"{p.head_dim}. The paper: about {paper.MICRO_BENCHMARK_SPEEDUP:g} x over dense. "
         "Speed-up: over `standard` on the same backend, with its 99 % interval. Bounds: pairs of "
-        "`standard` over pairs of the method, all pairs and those of visited blocks. Device "
+        "`standard` over pairs of the method, all pairs and those of visited blocks. Fastest "
+        "dense: of all backends of the run by the same clock. Device "
         "clock: what the GPU takes, by replay of a CUDA graph. Host clock: what a caller waits "
         "who launches every kernel anew; at this size that is mostly the processor's time, and "
         "other work on the machine raises it. `flex` is compiled FlexAttention, `flash` its "
-        "kernels of flash-attn-4, `varlen` windows over shifted keys in calls of flash-attn-4."
+        "kernels of flash-attn-4, `varlen` windows over shifted keys in calls of flash-attn-4, "
+        f"`{EAGER}` FlexAttention that is not compiled; kernels clock: the sum of the kernels' "
+        "times, where a call cannot be captured as a graph."
     )
+    if points and not any(x.backend == EAGER for x in points):
+        yield f"`{EAGER}` was {NOT_MEASURED} here."
     yield ""
     if not points:
-        yield f"{NOT_MEASURED}: no rows of this shape."
+        yield f"{NOT_MEASURED.capitalize()}: no rows of this shape."
         return
     heads = ("mask", "backend", "clock", "dtype", "time", "dense", "the paper", "speed-up",
              "interval", "over fastest dense", "bound, pairs", "bound, blocks")  # fmt: skip
@@ -167,23 +203,42 @@ def _point_cells(x: Point) -> list[str]:
 def _throughput(lines: Sequence[Throughput]) -> Iterator[str]:
     yield "## Table 2: tokens/s"
     yield ""
-    yield f"The paper: {paper.TABLE_2.setting}; training."
-    if not lines:
-        yield ""
-        yield f"{NOT_MEASURED}: no rows of this shape."
-        return
-    first = lines[0]
-    yield f"Ours: {first.measured}, `{first.backend}`, {first.clock} clock."
-    if first.measured == ATTENTION_ALONE:
-        yield (
-            "A training step has other work too, which brings every ratio nearer to 1; so "
-            "compare the order, and not the figures."
-        )
     yield (
-        "As published: the methods of the papers that the names come from. As released: the "
-        "masks of Harry-Miral/MEHC. Whether the paper's runs used this code, its repository does "
-        "not say."
+        f"The paper: {paper.TABLE_2.setting}; training. As published: the methods of the papers "
+        "that the names come from. As released: the masks of Harry-Miral/MEHC."
     )
+    for measured in MADE_BY:
+        yield ""
+        yield f"### By {measured}"
+        yield ""
+        found = [x for x in lines if x.measured == measured]
+        if found:
+            yield from _one_throughput(found)
+        else:
+            yield f"{NOT_MEASURED.capitalize()}: no rows of this shape."
+
+
+def _one_throughput(lines: Sequence[Throughput]) -> Iterator[str]:
+    first = lines[0]
+    alone = first.measured == ATTENTION_ALONE
+    rounds = "in rounds common to all methods"
+    if not first.common_rounds:
+        rounds = "each method by itself, not in rounds common to all"
+    yield (
+        f"`{first.backend}`, {first.clock} clock, on {first.processes} x {first.device}; "
+        f"{first.tokens} tokens a {'call' if alone else 'step'}, "
+        f"{first.data or 'random'} data; sampled {rounds}."
+    )
+    if alone:
+        yield (
+            "A training step has other work too, which brings every ratio nearer to 1: compare "
+            "the order with the paper's, and not the figures."
+        )
+    else:
+        yield (
+            "Tokens/s on other GPUs and with other tokens a step are no measure of the paper's: "
+            "compare the ratios."
+        )
     heads = ("name", "the paper, tokens/s", "over Standard", "rank", "measured as", "tokens/s",
              "over Standard", "rank")  # fmt: skip
     for reading, group in groupby(lines, key=lambda x: x.reading):
@@ -200,10 +255,16 @@ def _throughput_cells(x: Throughput) -> list[str]:
     ranking = sorted(theirs, key=theirs.get, reverse=True)
     ours = [x.reason, "-", "-"]
     if x.reason is None:
-        ours = [quantity(x.tokens_per_s), f"{x.ratio:.3f} x", f"{x.rank}"]
+        ours = [quantity(x.tokens_per_s), times(x.ratio, x.low, x.high, digits=3), _rank(x)]
     ratio = theirs[x.name] / theirs["Standard"]
     rank = ranking.index(x.name) + 1
     return [x.name, f"{theirs[x.name]}", f"{ratio:.3f} x", f"{rank}", f"`{x.method}`", *ours]
+
+
+def _rank(x: Throughput) -> str:
+    if x.rank_low is None:
+        return "-"
+    return f"{x.rank_low}" if x.rank_low == x.rank_high else f"{x.rank_low} to {x.rank_high}"
 
 
 def _sources(lines: Iterable[Point | Throughput]) -> str:
@@ -212,20 +273,23 @@ def _sources(lines: Iterable[Point | Throughput]) -> str:
 
 
 RECIPE_TEXT = (
-    "The recipe that gives the paper's figures: an untrained stack of "
+    "The recipe: an untrained stack of "
     f"{paper.SPECIALISATION_LAYERS} attention layers (no residual, no normalisation, default "
     f"weights of `nn.Linear`, width {RECIPE.q_heads * RECIPE.head_dim}), {RECIPE.q_heads} "
     f"heads, N = {RECIPE.seq_len}, {RECIPE.batch} sequences of normal noise, "
     "`spattention_released`. Entropy of a query: "
     f"-sum a log(a + {LOG_FLOOR:g}); of a head: mean over queries; sigma: population standard "
-    "deviation over the heads. N, heads, mask and the kind of deviation follow from the figures "
-    "by counting; that the network was like this is a guess that fits. Uniform attention over "
-    "the same mask needs no network and gives nearly the same: both figures are properties of "
-    "the mask."
+    f"deviation over the heads. For each seed its mean entropies are within {ENTROPY_TOLERANCE:g} "
+    f"of the paper's, and its sigmas within {SIGMA_TOLERANCE:g} of the paper's ranges: for "
+    "Standard that is more than the whole of the paper's range. N, heads, mask and the "
+    "kind of deviation follow from the figures by counting; that the network was like this is a "
+    "guess that fits. Uniform attention over the same mask needs no network and gives nearly the "
+    "same: both figures are properties of the mask."
 )
 MEASURES_TEXT = (
-    "The last three columns part learning from the mask: uniform attention has 1, 0 and 0 under "
-    "any mask. Normalised: entropy over log(keys), of queries with two keys or more. Excess: "
+    "The last three columns part what weights do from the mask: uniform attention has 1, 0 and 0 "
+    "under any mask. Random weights are not uniform either, so compare a trained model with the "
+    "untrained row. Normalised: entropy over log(keys), of queries with two keys or more. Excess: "
     "standard deviation over heads of that. Divergence: Jensen-Shannon, in bits, of two heads "
     "over the keys that both see (`-`: no two heads share two keys of a query). Rows without a "
     "key do not count. Ranges are over layers and seeds. No weights here are trained."
@@ -239,13 +303,13 @@ def _specialisation(lines: Sequence[Specialised]) -> Iterator[str]:
     groups = [list(group) for _, group in groupby(lines, key=lambda x: (x.method, x.weights))]
     yield from markdown(heads, map(_specialised_cells, groups), numbers=range(2, len(heads)))
     yield ""
-    heads = ("", "entropy, the paper", "reproduced", "sigma, the paper", "reproduced")
-    yield from markdown(heads, _reproduced(lines))
+    heads = ("", "entropy, the paper", "the recipe", "sigma, the paper", "the recipe")
+    yield from markdown(heads, _by_the_recipe(lines))
     yield ""
     yield "![Entropy of each head](specialisation.png)"
 
 
-def _reproduced(lines: Sequence[Specialised]) -> Iterator[list[str]]:
+def _by_the_recipe(lines: Sequence[Specialised]) -> Iterator[list[str]]:
     for name, theirs in paper.SPECIALISATION.items():
         method = paper.READINGS["as released"][name]
         ours = [x.sigma for x in lines if (x.method, x.weights) == (method, "untrained")]

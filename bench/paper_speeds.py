@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import permutations
 
+from bench.compare import verdict
 from bench.derived import BASELINE, Board, Cell, boards, compare, problem_of
 from bench.paper import MICRO_BENCHMARK, READINGS, TABLE_2_ATTENTION
 from bench.record import CLOCKS, Row
 from bench.specs import parameters_text
+from bench.stats import Ratio
+from bench.step_attention import trains
 from methods import METHODS, Problem
 
 BACKEND = "flex"  # of Table 2: the one that runs every method
+EAGER = "eager"  # FlexAttention as the released code calls it
 POINT_METHODS = tuple(reading["SPAttention"] for reading in READINGS.values())
-ATTENTION_ALONE = "attention alone"
+TRAINING, ATTENTION_ALONE = "a training step", "attention alone"
 TABLE_2_MODEL = "table2"  # of `train`
-# Phases that tokens/s are taken from, the better first.
-TOKENS_FROM = {"step": "a training step", "fwd_bwd": ATTENTION_ALONE}
+TOKENS_FROM = {"step": TRAINING, "fwd_bwd": ATTENTION_ALONE}  # phase -> what it measures
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,13 @@ class Throughput:
         reading: "as published" or "as released" (the stand-ins).
         name, method: the paper's name, and the preset.
         measured: "a training step", or "attention alone".
-        ratio: over Standard. rank: 1 is the most tokens/s of the reading.
+        processes, tokens: GPUs, and tokens of one step or call on all of them.
+        data: of training: "random", or the name of a text.
+        common_rounds: whether the samples of all methods come from the same rounds.
+        ratio: over Standard, with its 99 % interval, which rows without samples lack.
+        rank_low: 1 and the methods of the reading that samples tell to be faster by 1 %.
+        rank_high: the methods of the reading that samples do not tell to be slower by 1 %, itself
+            included. Both are None while a method of the reading is missing.
         reason: why there are no figures, which are then None.
     """
 
@@ -69,22 +80,29 @@ class Throughput:
     measured: str
     backend: str
     clock: str
+    processes: int
+    tokens: int
+    data: str | None
+    common_rounds: bool
     tokens_per_s: float | None = None
     ratio: float | None = None
-    rank: int | None = None
+    low: float | None = None
+    high: float | None = None
+    rank_low: int | None = None
+    rank_high: int | None = None
     reason: str | None = None
 
 
 def micro_benchmark(rows: Iterable[Row], source: str) -> list[Point]:
     """A line for each clock, backend and mask of SPAttention that was timed at that shape."""
-    found = [
-        board
-        for board in boards(rows)
-        if _is_at(board.head, MICRO_BENCHMARK) and board.head.batch == MICRO_BENCHMARK.batch
-    ]
+    runs: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if _is_at(row, MICRO_BENCHMARK) and row.batch == MICRO_BENCHMARK.batch:
+            runs.setdefault(_run_of(row), []).append(row)
     return [
         point
-        for board in found
+        for run in runs.values()
+        for board in boards(run)
         for cell in board.cells
         if cell.method in POINT_METHODS and (point := _point(board, cell, source))
     ]
@@ -95,7 +113,7 @@ def _point(board: Board, cell: Cell, source: str) -> Point | None:
     if dense is None or not (board.us(dense, phase) and board.us(cell, phase)):
         return None
     over, under = board.row(dense, phase), board.row(cell, phase)
-    interval = compare(over, under) if over.samples and under.samples else None
+    interval = _speed(under, over)
     fastest = board.fastest_dense(phase)
     return Point(
         device=under.device, torch=under.torch, source=source, method=cell.method,
@@ -112,9 +130,10 @@ def _point(board: Board, cell: Cell, source: str) -> Point | None:
 
 
 def throughput(rows: Sequence[Row], source: str) -> list[Throughput]:
-    """Table 2, once in each reading; no line where `standard` was not timed at its shape.
+    """Table 2 by training steps, then by attention alone, each in both readings.
 
-    A training step is one of the paper's own model, on the most processes that it ran on.
+    There are no lines where `standard` was not timed at its shape. A training step is one of the
+    paper's own model, on the most processes that it ran on.
     """
     timed = [
         r
@@ -122,20 +141,38 @@ def throughput(rows: Sequence[Row], source: str) -> list[Throughput]:
         if r.backend == BACKEND and _is_at(r, TABLE_2_ATTENTION) and _is_preset(r)
         and r.model in (None, TABLE_2_MODEL)
     ]  # fmt: skip
-    for phase in TOKENS_FROM:
-        for clock in CLOCKS:
-            chosen = [row for row in timed if (row.phase, row.clock) == (phase, clock)]
-            bases = [r for r in chosen if r.method == BASELINE and r.status == "ok"]
-            if bases:
-                base = max(bases, key=lambda row: row.world_size or 1)
-                alike = {r.method: r for r in chosen if _run_of(r) == _run_of(base)}
-                return [line for name in READINGS for line in _reading(name, alike, base, source)]
-    return []
+    return [
+        line
+        for phase in TOKENS_FROM
+        if (run := _best_run([row for row in timed if row.phase == phase]))
+        for reading in READINGS
+        for line in _reading(reading, run, source)
+    ]
+
+
+def _best_run(rows: Sequence[Row]) -> dict[str, Row]:
+    """Method -> row, of the run with `standard` that has most: of the first clock there is."""
+    runs: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        runs.setdefault((row.clock, *_run_of(row)), {})[row.method] = row
+    whole = [run for run in runs.values() if BASELINE in run and run[BASELINE].status == "ok"]
+
+    def worth(run: Mapping[str, Row]) -> tuple[int, int, int]:
+        base = run[BASELINE]
+        return -CLOCKS.index(base.clock), base.world_size or 1, len(run)
+
+    return max(whole, key=worth, default={})
 
 
 def _run_of(row: Row) -> tuple:
-    """What two rows share whose times may be divided."""
-    return problem_of(row), row.model, row.world_size, row.data
+    """What rows share whose times may be divided."""
+    ran = row.run, row.code, row.host, row.torch
+    return *problem_of(row), row.model, row.world_size, row.data, *ran
+
+
+def _speed(row: Row, over: Row) -> Ratio | None:
+    """How many times as fast as the other; None where one has no samples."""
+    return compare(over, row) if over.samples and row.samples else None
 
 
 def _is_preset(row: Row) -> bool:
@@ -144,31 +181,49 @@ def _is_preset(row: Row) -> bool:
     return preset is not None and row.params in (None, parameters_text(preset))
 
 
-def _reading(
-    reading: str, rows: Mapping[str, Row], base: Row, source: str
-) -> Iterator[Throughput]:
-    times = {
-        method: rows[method].median_us
-        for method in READINGS[reading].values()
-        if method in rows and rows[method].status == "ok"
-    }
-    ranking, processes = sorted(times, key=times.get), base.world_size or 1
-    for name, method in READINGS[reading].items():
+def _reading(reading: str, run: Mapping[str, Row], source: str) -> Iterator[Throughput]:
+    names, base = READINGS[reading], run[BASELINE]
+    timed = {m: run[m] for m in names.values() if m in run and run[m].status == "ok"}
+    ranks = _ranks(timed) if len(timed) == len(names) else {}
+    tokens = (base.world_size or 1) * base.batch * base.seq_len
+    for name, method in names.items():
         line = {
             "device": base.device, "torch": base.torch, "source": source, "reading": reading,
             "name": name, "method": method, "measured": TOKENS_FROM[base.phase],
-            "backend": base.backend, "clock": base.clock,
+            "backend": base.backend, "clock": base.clock, "processes": base.world_size or 1,
+            "tokens": tokens, "data": base.data,
+            "common_rounds": all(row.rounds for row in timed.values()),
         }  # fmt: skip
-        if method in times:
-            yield Throughput(
-                **line,
-                tokens_per_s=processes * base.batch * base.seq_len / times[method] * 1e6,
-                ratio=base.median_us / times[method],
-                rank=ranking.index(method) + 1,
-            )
-        else:
-            status = rows[method].status if method in rows else "not measured"
-            yield Throughput(**line, reason=status)
+        if method not in timed:
+            yield Throughput(**line, reason=_reason(run.get(method), method, base.phase))
+            continue
+        speed = None if method == BASELINE else _speed(timed[method], base)
+        low, high = ranks.get(method, (None, None))
+        yield Throughput(
+            **line,
+            tokens_per_s=tokens / timed[method].median_us * 1e6,
+            ratio=base.median_us / timed[method].median_us,
+            low=speed and speed.low, high=speed and speed.high,
+            rank_low=low, rank_high=high,
+        )  # fmt: skip
+
+
+def _ranks(rows: Mapping[str, Row]) -> dict[str, tuple[int, int]]:
+    """First and last rank that samples leave each method."""
+    ranks = {method: [1, len(rows)] for method in rows}
+    for fast, slow in permutations(rows, 2):
+        speed = _speed(rows[fast], rows[slow])
+        if speed is not None and verdict(speed) == "faster":
+            ranks[fast][1] -= 1
+            ranks[slow][0] += 1
+    return {method: (low, high) for method, (low, high) in ranks.items()}
+
+
+def _reason(row: Row | None, method: str, phase: str) -> str:
+    if row is not None:
+        return row.status
+    cannot = trains(METHODS[method]) if TOKENS_FROM[phase] == TRAINING else None
+    return f"{NOT_MEASURED}: {cannot}" if cannot else NOT_MEASURED
 
 
 def _is_at(row: Row, p: Problem) -> bool:
