@@ -7,6 +7,7 @@ from itertools import groupby
 from statistics import mean
 
 from bench import paper
+from bench.compare import LIMIT
 from bench.complexity import Complexity
 from bench.paper_claims import MADE_BY, Results, claims, percent, times, untrained_entropy
 from bench.paper_figures import FIGURE_2_HEAD
@@ -68,10 +69,10 @@ def _claims(results: Results) -> Iterator[str]:
 
 
 RANKS_TEXT = (
-    "Samples that do not tell methods apart by 1 % leave them several ranks: from 1 more than the "
-    "methods told to be faster, to as many as are not told to be slower. In an order, `>` stands "
-    "where all ranks before it are below all ranks after it, and `or` elsewhere. Where a method "
-    "is missing there are neither ranks nor an order."
+    f"Samples that do not tell methods apart by {100 * (LIMIT - 1):.0f} % leave them several "
+    "ranks: from 1 more than the methods told to be faster, to as many as are not told to be "
+    "slower. In an order, `>` stands where all ranks before it are below all ranks after it, and "
+    "`or` elsewhere. Where a method is missing there are neither ranks nor an order."
 )
 RELEASED_CODE = (
     "## The released code",
@@ -173,8 +174,8 @@ def _micro_benchmark(points: Sequence[Point]) -> Iterator[str]:
         "who launches every kernel anew; at this size that is mostly the processor's time, and "
         "other work on the machine raises it. `flex` is compiled FlexAttention, `flash` its "
         "kernels of flash-attn-4, `varlen` windows over shifted keys in calls of flash-attn-4, "
-        f"`{EAGER}` FlexAttention that is not compiled; kernels clock: the sum of the kernels' "
-        "times, where a call cannot be captured as a graph."
+        f"`{EAGER}` FlexAttention that is not compiled. Kernels clock: from the "
+        "first kernel's start to the last one's end, for a call that no graph can capture."
     )
     if points and not any(x.backend == EAGER for x in points):
         yield f"`{EAGER}` was {NOT_MEASURED} here."
@@ -221,13 +222,13 @@ def _throughput(lines: Sequence[Throughput]) -> Iterator[str]:
 def _one_throughput(lines: Sequence[Throughput]) -> Iterator[str]:
     first = lines[0]
     alone = first.measured == ATTENTION_ALONE
-    rounds = "in rounds common to all methods"
+    rounds = "all methods in common rounds"
     if not first.common_rounds:
         rounds = "each method by itself, not in rounds common to all"
     yield (
         f"`{first.backend}`, {first.clock} clock, on {first.processes} x {first.device}; "
         f"{first.tokens} tokens a {'call' if alone else 'step'}, "
-        f"{first.data or 'random'} data; sampled {rounds}."
+        f"{first.data or 'random'} data; measured: {rounds}."
     )
     if alone:
         yield (

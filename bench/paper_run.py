@@ -69,7 +69,7 @@ def reproduce(request: Paper, console: Console) -> int:
     results = Results(
         complexity=complexity(),
         micro_benchmark=max((micro_benchmark(*file) for file in read), key=len, default=[]),
-        throughput=_fullest([throughput(*file) for file in read]),
+        throughput=fullest([throughput(*file) for file in read]),
         specialisation=list(specialisation()),
     )
     write_results(results, tables)
@@ -124,7 +124,7 @@ def _files(request: Paper, base: Path, console: Console) -> tuple[list[Path], in
     return found, 0
 
 
-def _fullest(found: Sequence[list[Throughput]]) -> list[Throughput]:
+def fullest(found: Sequence[list[Throughput]]) -> list[Throughput]:
     """Training steps and attention alone, each from the file that measured most of its lines."""
     tables = (
         [[x for x in lines if x.measured == measured] for lines in found]

@@ -1,0 +1,207 @@
+"""The paper's speeds: what of a sweep's and of training's rows is taken, compared and ranked."""
+
+import dataclasses
+import random
+
+import pytest
+
+from bench.paper_claims import MADE_BY, TRAIN, order, times
+from bench.paper_speeds import micro_benchmark, throughput
+from bench.train import Train
+from run_bench import _parse
+from tests.bench.rows import make_row, sweep_rows
+
+
+def test_micro_benchmark_has_every_clock_and_backend():
+    methods = ("standard", "spattention", "spattention_released", "longformer")
+    rows = sweep_rows((1024, 4096), (8, 16), methods, ("flex", "other"), ("device", "host"))
+    points = micro_benchmark(rows, "x.csv")
+    assert {(x.method, x.backend, x.clock) for x in points} == {
+        (m, b, c) for m in methods[1:3] for b in ("flex", "other") for c in ("device", "host")
+    }
+    own = next(x for x in points if (x.method, x.backend) == ("spattention", "other"))
+    assert own.speedup == pytest.approx(own.dense_us / own.us)
+    assert (own.ideal_elements, own.ideal_blocks) == (8.0, pytest.approx(6.6))
+    # Each further backend of these rows is slower: the fastest dense one is the first.
+    assert own.fastest == "flex" and own.over_fastest == pytest.approx(own.speedup / 2, rel=0.3)
+    assert micro_benchmark(sweep_rows((1024,)), "x.csv") == []
+
+
+def test_micro_benchmark_gives_the_interval_of_the_speedup():
+    taken = {"samples_us": "9.9;10;10.1", "rounds": "0;1;2", "median_us": 10.0}
+    slow = {"samples_us": "39;40;41", "rounds": "0;1;2", "median_us": 40.0}
+    rows = [make_row(**taken), make_row(method="standard", **slow)]
+    (point,) = micro_benchmark(rows, "x.csv")
+    assert point.low < point.speedup == 4.0 < point.high
+    rows = [make_row(median_us=10.0), make_row(method="standard", status="oom")]
+    assert micro_benchmark(rows, "x.csv") == []
+
+
+def timed(us, spread=0.001):
+    """A median, and sixteen samples within a share of it to either side."""
+    drawn = random.Random(us)
+    samples = [us * (1 + spread * drawn.uniform(-1, 1)) for _ in range(16)]
+    return {
+        "median_us": float(us), "samples_us": ";".join(map(str, samples)),
+        "rounds": ";".join(map(str, range(16))),
+    }  # fmt: skip
+
+
+def table_2_rows(phase="fwd_bwd", spread=0.001, **us):
+    return [
+        make_row(method=name, seq_len=1024, phase=phase, **timed(time, spread))
+        for name, time in us.items()
+    ]
+
+
+WHOLE = {"standard": 100, "spattention": 25, "longformer": 50, "bigbird": 80, "reformer": 200}
+
+
+def published(rows, measured="attention alone"):
+    return {
+        x.name: x
+        for x in throughput(rows, "x.csv")
+        if (x.reading, x.measured) == ("as published", measured)
+    }
+
+
+def test_table_2_of_attention_alone():
+    rows = table_2_rows(standard=100, spattention=25, longformer=50, mehc_longformer=200)
+    rows.append(make_row(method="bigbird", seq_len=1024, status="oom"))
+    narrow = {"method": "longformer", "params": "window=2,n_global=1,dilation=1"}
+    rows.append(make_row(seq_len=1024, median_us=1.0, **narrow))  # no preset
+    lines = {(x.reading, x.name): x for x in throughput(rows, "x.csv")}
+    assert len(lines) == 10 and {x.measured for x in lines.values()} == {"attention alone"}
+    own = lines["as published", "SPAttention"]
+    assert (own.tokens_per_s, own.ratio, own.tokens) == (1024 / 25e-6, 4.0, 1024)
+    assert 3.9 < own.low < 4 < own.high < 4.1 and own.common_rounds
+    assert lines["as published", "Standard"].low is None
+    assert lines["as released", "Longformer"].ratio == 0.5
+    assert lines["as published", "BigBird"].reason == "oom"
+    assert lines["as published", "Reformer"].reason == "not measured"
+
+
+def ranks(lines):
+    return {name: (x.rank_low, x.rank_high) for name, x in lines.items()}
+
+
+def test_there_are_ranks_and_an_order_only_where_all_methods_are():
+    lines = published(table_2_rows(**WHOLE))
+    assert ranks(lines) == {
+        "SPAttention": (1, 1), "Longformer": (2, 2), "BigBird": (3, 3), "Standard": (4, 4),
+        "Reformer": (5, 5),
+    }  # fmt: skip
+    names = "SPAttention > Longformer > BigBird > Standard > Reformer"
+    assert order(list(lines.values())) == names
+    part = published(table_2_rows(**{k: v for k, v in WHOLE.items() if k != "bigbird"}))
+    assert set(ranks(part).values()) == {(None, None)}
+    assert order(list(part.values())) == "no order: BigBird not measured"
+    assert order([]) == "not measured"
+
+
+def test_methods_that_samples_do_not_tell_apart_share_their_ranks():
+    near = WHOLE | {"standard": 100, "bigbird": 100.5, "longformer": 97}
+    lines = published(table_2_rows(**near))
+    assert ranks(lines) == {
+        "SPAttention": (1, 1), "Longformer": (2, 2), "Standard": (3, 4), "BigBird": (3, 4),
+        "Reformer": (5, 5),
+    }  # fmt: skip
+    text = "SPAttention > Longformer > Standard or BigBird > Reformer"
+    assert order(list(lines.values())) == text
+    wide = published(table_2_rows(spread=0.2, **near))
+    assert ranks(wide)["Longformer"] == (2, 4)
+    bare = [dataclasses.replace(x, samples_us=None, rounds=None) for x in table_2_rows(**near)]
+    assert set(ranks(published(bare)).values()) == {(1, 5)}
+
+
+def test_ranks_need_not_be_transitive():
+    """The middle one is told from neither of its neighbours, which are told from each other."""
+    chain = {"standard": 100, "spattention": 101, "longformer": 102, "bigbird": 300}
+    lines = published(table_2_rows(spread=0.0001, **chain, reformer=900))
+    assert ranks(lines) == {
+        "Standard": (1, 2), "SPAttention": (1, 3), "Longformer": (2, 3), "BigBird": (4, 4),
+        "Reformer": (5, 5),
+    }  # fmt: skip
+    text = "Standard or SPAttention or Longformer > BigBird > Reformer"
+    assert order(list(lines.values())) == text
+
+
+def test_training_steps_and_attention_alone_are_two_tables():
+    rows = table_2_rows(standard=100, spattention=25)
+    rows += table_2_rows("step", standard=1000, spattention=800)
+    steps, alone = published(rows, "a training step"), published(rows)
+    assert (steps["SPAttention"].ratio, alone["SPAttention"].ratio) == (1.25, 4.0)
+    assert steps["Longformer"].reason == "not measured"
+    cannot = "not measured: reformer shares queries and keys, which the models of `train` do not"
+    assert steps["Reformer"].reason == cannot
+    assert throughput([make_row(method="standard", median_us=1.0)], "x.csv") == []
+
+
+def test_table_2_is_of_one_run_of_the_papers_model():
+    """Tokens/s of all processes and sequences; the more processes, the nearer to the paper."""
+    step = {"phase": "step", "seq_len": 1024, "batch": 32, "clock": "host"}
+    rows = [
+        make_row(method=method, model=model, world_size=size, median_us=us, **step)
+        for model, size, us in (("mine", 4, 7e6), ("table2", 1, 1e6), ("table2", 2, 2e6))
+        for method, us in (("standard", us), ("spattention", us / 2))
+    ]
+    found = {x.method: x for x in throughput(rows, "x.csv") if not x.reason}
+    assert {name: x.tokens_per_s for name, x in found.items()} == {
+        "standard": 32768, "spattention": 65536,
+    }  # fmt: skip
+    own = found["spattention"]
+    assert (own.processes, own.tokens, own.common_rounds) == (2, 65536, False)
+    assert throughput(rows[:2], "x.csv") == []
+
+
+@pytest.mark.parametrize("what", ["code", "torch", "run", "device", "host"])
+def test_only_rows_of_one_run_of_one_code_are_divided(what):
+    shape = {"seq_len": 1024, "median_us": 90.0}
+    rows = [make_row(method="standard", **shape), make_row(**shape)]
+    assert {x.ratio for x in throughput(rows, "x.csv") if not x.reason} == {1.0}
+    rows[1] = dataclasses.replace(rows[1], **{what: "another"})
+    assert [x.name for x in throughput(rows, "x.csv") if not x.reason] == ["Standard"] * 2
+    point = [dataclasses.replace(row, seq_len=4096) for row in rows]
+    assert micro_benchmark(point, "x.csv") == []
+    alike = [*point, dataclasses.replace(point[1], **{what: getattr(rows[0], what)})]
+    assert len(micro_benchmark(alike, "x.csv")) == 1
+
+
+def test_of_runs_in_one_file_the_fuller_counts():
+    new = [dataclasses.replace(x, code="1" * 12) for x in table_2_rows(standard=50)]
+    lines = published([*table_2_rows(**WHOLE), *new])
+    assert lines["Standard"].tokens_per_s == 1024 / 100e-6
+
+
+def test_the_command_behind_training_steps_is_one_that_runs():
+    command = _parse(TRAIN.split()[1:])
+    assert isinstance(command, Train) and f"`{TRAIN}`" in MADE_BY["a training step"]
+    assert set(command.methods) == {
+        "spattention", "spattention_released", "longformer", "bigbird", "mehc_longformer",
+        "mehc_bigbird", "mehc_reformer",
+    }  # fmt: skip
+    assert (command.seq_len, command.tokens, command.backends) == ((1024,), 32768, ("flex",))
+    assert command.run.startswith("train")  # `paper` looks for such files
+
+
+def test_a_ratio_is_written_with_its_interval():
+    assert times(1.2345, 1.2, 1.3) == "1.23 x (1.20 to 1.30)"
+    assert times(1.2345, None, None, digits=3) == "1.234 x"
+
+
+def test_only_rows_of_the_very_shape_count():
+    alike = {"seq_len": 1024, "median_us": 9.0}
+    for change in ({"causal": False}, {"kv_heads": 2}, {"head_dim": 64}):
+        rows = [make_row(method=m, **alike, **change) for m in ("standard", "spattention")]
+        assert throughput(rows, "x.csv") == []
+    rows = [make_row(method=m, median_us=9.0, batch=8) for m in ("standard", "spattention")]
+    assert micro_benchmark(rows, "x.csv") == []
+
+
+def test_the_devices_clock_comes_first():
+    rows = [
+        make_row(method=m, seq_len=1024, median_us=us, clock=clock)
+        for clock, us in (("host", 50.0), ("device", 20.0))
+        for m in ("standard", "spattention")
+    ]
+    assert {x.clock for x in throughput(rows, "x.csv")} == {"device"}
