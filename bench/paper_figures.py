@@ -133,7 +133,7 @@ def draw_complexity(lines: Iterable[Complexity], stem: Path) -> list[Path]:
                 shares[name], label=name, color=looks[name].colour, marker=looks[name].marker,
                 linestyle=looks[name].line, fillstyle=looks[name].fill,
             )  # fmt: skip
-        place.set_title("\n".join((title, *_coinciding(shares))), fontsize=9)
+        place.set_title("\n".join((title, *coinciding(shares))), fontsize=9)
         _by_head(place)
     places[0].set_ylabel("share of a dense head's", fontsize=9)
     places[0].set_ylim(0, 1.05)
@@ -144,7 +144,7 @@ def draw_complexity(lines: Iterable[Complexity], stem: Path) -> list[Path]:
     return save(figure, stem)
 
 
-def _coinciding(shares: Mapping[str, np.ndarray]) -> Iterator[str]:
+def coinciding(shares: Mapping[str, np.ndarray]) -> Iterator[str]:
     """A line for each set of methods whose curves are one, of which only the last is seen."""
     groups: dict[tuple, list[str]] = {}
     for name in in_order(shares):

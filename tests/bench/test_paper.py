@@ -228,6 +228,38 @@ def test_every_figure_of_the_paper_is_on_the_page(results):
         assert f"{theirs.entropy:.4f}" in text and f"{theirs.sigma_high:.4f}" in text
 
 
+def test_the_page_says_what_the_released_code_does(results):
+    text = page(results)
+    for fact in (
+        "Whether the paper's runs used this code cannot be told from the repository.",
+        "attention runs across the heads of one token and mixes no tokens",
+        "calls `flex_attention` without `torch.compile`", "`spattention` is EBALL",
+    ):  # fmt: skip
+        assert text.count(fact) == 1, fact
+
+
+def test_the_page_says_how_tokens_were_measured(results):
+    steps = [
+        dataclasses.replace(x, measured="a training step", processes=2, tokens=4096, data="random",
+                            common_rounds=False)
+        for x in results.throughput
+    ]  # fmt: skip
+    text = page(dataclasses.replace(results, throughput=steps + results.throughput))
+    _, by_step, alone = re.split("### By .*\n", text)
+    assert (
+        "on 2 x Chip X; 4096 tokens a step, random data; measured: each method by itself, not in "
+        "rounds common to all." in by_step
+    )
+    assert "on 1 x Chip X; 1024 tokens a call" in alone
+    assert "no measure of the paper's" in by_step and "no measure" not in alone
+
+
+def test_curves_that_hide_each_other_are_named():
+    shares = {"standard": [1, 1], "longformer": [0.5, 0.25], "mehc_longformer": [0.5, 0.25]}
+    assert list(paper_figures.coinciding(shares)) == ["the same: longformer, mehc_longformer"]
+    assert list(paper_figures.coinciding({"standard": [1, 1], "bigbird": [1, 0.5]})) == []
+
+
 @pytest.fixture(scope="module")
 def quick():
     """The command with fewer counts and one small untrained stack, without a GPU or old rows."""

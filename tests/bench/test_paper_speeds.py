@@ -126,6 +126,13 @@ def test_ranks_need_not_be_transitive():
     assert order(list(lines.values())) == text
 
 
+def test_an_order_parts_all_before_from_all_after():
+    lines = published(table_2_rows(**WHOLE))
+    lines["SPAttention"] = dataclasses.replace(lines["SPAttention"], rank_high=3)
+    text = "SPAttention or Longformer or BigBird > Standard > Reformer"
+    assert order(list(lines.values())) == text
+
+
 def test_training_steps_and_attention_alone_are_two_tables():
     rows = table_2_rows(standard=100, spattention=25)
     rows += table_2_rows("step", standard=1000, spattention=800)
