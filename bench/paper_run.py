@@ -38,8 +38,9 @@ COMMITTED_NAMES = ("paper_speeds", "train*")
 class Paper:
     """Make the tables and figures of the SPAttention paper again, theirs beside ours.
 
-    Speeds are measured where there is a GPU, else taken from the committed rows of an H200;
-    everything else is counted and drawn on the CPU.
+    Attention is measured where there is a GPU, and training steps are those of results/train*.csv
+    there; else all speeds are those of the committed rows of an H200. Everything else is counted
+    and drawn on the CPU.
     """
 
     rows: tuple[Path, ...] | None = None
@@ -168,7 +169,7 @@ def _shown(path: Path) -> str:
 def _say(results: Results, tables: Path, plots: Path, console: Console) -> None:
     reasons = [f"{c.method} at N = {c.seq_len}, H = {c.q_heads}: {c.reason}"
                for c in results.complexity if c.reason]  # fmt: skip
-    reasons += [f"{x.name} {x.reading} in Table 2: {x.reason}"
+    reasons += [f"{x.name} {x.reading} in Table 2 by {x.measured}: {x.reason}"
                 for x in results.throughput if x.reason]  # fmt: skip
     reasons.append("head specialisation after training: `train` keeps no weights")
     for reason in reasons:
