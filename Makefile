@@ -7,6 +7,7 @@
 # make detection                      how often `compare` sees a difference of nothing, 1 % and 3 %
 # make faults                         planted faults through the check, on this machine's kernels
 # make docstrings.txt                a text for `run_bench.py train --text`: packages' docstrings
+# make matrix                         (GPU) every preset, type and head dim against float64
 # make clocks                         (GPU) the device clock against CUPTI's and triton's
 # make attend-cost                    (GPU) what attend() costs a call
 # make serial                         (GPU) what cells cost that are compiled and timed one by one
@@ -16,7 +17,7 @@ PYTHON ?= python3
 ARGS =
 EXTRAS = dev
 
-.PHONY: bench paper test readme kills detection faults clocks attend-cost serial clean
+.PHONY: bench paper test readme kills detection faults matrix clocks attend-cost serial clean
 
 bench: .venv/installed
 	.venv/bin/python run_bench.py $(ARGS)
@@ -38,7 +39,7 @@ kills detection faults: .venv/installed
 docstrings.txt: .venv/installed
 	.venv/bin/python -m bench.docstrings $@
 
-clocks attend-cost serial: .venv/installed
+matrix clocks attend-cost serial: .venv/installed
 	.venv/bin/python -m tests.gpu.$(subst -,_,$@) $(ARGS)
 
 clean:

@@ -10,16 +10,16 @@ from bench.measure import Clockwork
 from bench.profile import BETWEEN, calls, read_profile
 from bench.worker import Worker
 from methods import Problem
-from tests.gpu.test_flex_on_gpu import groups
+from tests.gpu.matrix import one
 
 pytestmark = pytest.mark.gpu
 
 
 def test_what_waits_for_the_device_is_timed_by_its_kernels():
     """No graph can hold it, and the cells after it are captured as ever."""
-    (group,) = groups([Problem(seq_len=512, head_dim=64)])
     cells = Cell("spattention", "blockwise"), Cell("standard", "sdpa-flash")
-    group = replace(group, cells=cells, phases=("fwd", "fwd_bwd"))
+    p = Problem(seq_len=512, head_dim=64)
+    group = replace(one("standard", p, ("fwd", "fwd_bwd")), cells=cells)
     with Worker("cuda:0", 300.0, ceilings=False) as worker:
         rows = worker.measure(group, Clockwork())
     found = {cell.backend: {(row.status, row.clock) for row in rows[cell]} for cell in cells}

@@ -1,91 +1,32 @@
 """Compiled FlexAttention on a CUDA device against float64, through the harness itself."""
 
-import contextlib
-import itertools
-import queue
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bench.ahead import cores
-from bench.cells import Cell, Group
-from bench.measure import GATE_ROW_BLOCKS, Clockwork
+from bench.measure import GATE_ROW_BLOCKS
 from bench.oracle import build_reference, cotangent, judge, sample_rows
-from bench.worker import Worker
 from methods import METHODS, Problem, attend, block_mask
 from methods.reformer import Reformer
+from tests.gpu.matrix import SHAPES, gated, line, matrix, one, sound
 
 pytestmark = pytest.mark.gpu
 
-PUBLISHED = [name for name in METHODS if not name.startswith("mehc_")]
-SHARED_QK = [name for name in PUBLISHED if METHODS[name].shared_qk]
-GROUPED = [name for name in PUBLISHED if name not in SHARED_QK]
-# What this kernel says where a problem is beyond the chip: its tiles do not fit.
-BEYOND = ("out of resource", "No valid triton configs", "No choices")
-# Its tables in shared memory come on top of a tile that fills it.
-BEYOND_IN_16_BITS = ("reformer", 192)
+BOTH_WAYS = [name for name in METHODS if not name.startswith("mehc_")]  # causal or not
 
 
-def groups(problems, block_size=(128, 128), names=PUBLISHED):
-    return [
-        Group(
-            problem=p, block_size=block_size,
-            cells=tuple(Cell(name, "flex") for name in names), phases=("fwd_bwd",),
-            device="cuda:0", seed=1, rounds=1, seconds=0.0, run="test",
-        )
-        for p in problems
-    ]  # fmt: skip
-
-
-def statuses(work):
-    """Every cell's row, gated; side by side, since nothing here is a time."""
-    waiting = queue.SimpleQueue()
-    for group in work:
-        for cell in group.cells:
-            waiting.put((replace(group, cells=(cell,)), cell))
-    count = min(waiting.qsize(), cores())
-    with ThreadPoolExecutor(count) as pool:
-        return list(itertools.chain(*pool.map(measured, [waiting] * count)))
-
-
-def measured(waiting):
-    found = []
-    with Worker("cuda:0", 300.0, ceilings=False) as worker, contextlib.suppress(queue.Empty):
-        while True:
-            group, cell = waiting.get_nowait()
-            rows = worker.measure(group, Clockwork())[cell]
-            assert len({row.status for row in rows}) == 1
-            found.append((group, cell, rows[0]))
-            print(cell.method, group.problem, rows[0].status, rows[0].error_budget, flush=True)
-    return found
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_every_preset_and_head_dim_is_right_or_says_why(dtype):
-    """Ragged N, grouped heads, out and all gradients within the budget of the gate."""
-    problems = [
-        Problem(seq_len=1000, q_heads=8, kv_heads=2, head_dim=dim, dtype=dtype, causal=causal)
-        for dim in (16, 32, 64, 96, 128, 192, 256)
-        for causal in ((True, False) if dim == 64 else (True,))
+def test_every_preset_is_right_or_says_why():
+    """Ragged N and grouped heads: a part of `tests.gpu.matrix`, and what is not causal."""
+    ragged = SHAPES[1:]
+    work = [
+        *matrix(head_dims=(64, 192), shapes=ragged),
+        *matrix(BOTH_WAYS, head_dims=(64,), shapes=ragged, causal=False),
     ]
-    seen = []
-    shared = [replace(p, kv_heads=p.q_heads) for p in problems]
-    work = groups(problems, names=GROUPED) + groups(shared, names=SHARED_QK)
-    for group, cell, row in statuses(work):
-        place = f"{cell.method} {group.problem}: {row.status} {row.reason}"
-        if row.status == "unsupported":
-            assert any(text in row.reason for text in BEYOND), place
-            wide = (cell.method, group.problem.head_dim) == BEYOND_IN_16_BITS
-            assert dtype == "float32" or wide, place
-        else:
-            assert row.status == "ok", place
-            assert row.error_budget <= 1, place
-        seen.append(row.status)
-    assert len(seen) == len(problems) * len(PUBLISHED)
-    assert seen.count("ok") >= (len(seen) / 2 if dtype == "float32" else len(seen) - 1)
+    rows = list(gated(work))
+    assert [row.problem for row in rows] == [job.problem for job in work]
+    for row in rows:
+        narrow = row.head_dim == 64 and row.dtype != "float32"
+        assert sound(row) and (row.status == "ok" or not narrow), line(row)
 
 
 def test_hashed_orders_share_compiled_kernels():
@@ -106,16 +47,10 @@ def test_hashed_orders_share_compiled_kernels():
 def test_other_block_sizes():
     p = Problem(seq_len=1100, head_dim=64)
     sizes = [(64, 64), (128, 64), (64, 128), (32, 32), (256, 128)]
-    work = [group for size in sizes for group in groups([p], size)]
-    found = statuses(work)
-    assert len(found) == len(sizes) * len(PUBLISHED)
-    for group, cell, row in found:
-        place = f"{cell.method}, {group.block_size}: {row.status} {row.reason}"
-        if any(size % 128 for size in group.block_size) and row.status == "unsupported":
-            assert "no tiles on this device" in row.reason, place
-        else:
-            assert row.status == "ok", place
-        assert (row.q_block, row.kv_block) == group.block_size
+    work = [one(name, p, ("fwd_bwd",), block_size=size) for size in sizes for name in METHODS]
+    for job, row in zip(work, gated(work), strict=True):
+        assert sound(row) and (row.q_block, row.kv_block) == job.block_size, line(row)
+        assert row.status == "ok" or any(size % 128 for size in job.block_size), line(row)
 
 
 def test_a_million_tokens_forward_and_backward():

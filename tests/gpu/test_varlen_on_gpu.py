@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from bench.backends import BACKENDS
-from bench.cells import Cell
 from methods import METHODS, Problem, attend
 from methods import varlen as module
 from methods.attend import plan
 from methods.flash_kernels import FlashAttention2, FlashAttention4, flash_4_missing
 from methods.longformer import Longformer
 from methods.spattention import head_bands
-from tests.gpu.test_flex_on_gpu import groups, statuses
+from tests.gpu.matrix import gated, line, one
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,14 +28,11 @@ WINDOWS = [
 KERNELS = [FlashAttention2, FlashAttention4]
 
 
-def gated(backend, problems, names):
+def rows(backend, problems, names):
     if missing := BACKENDS[backend].missing(DEVICE):
         pytest.skip(missing)
-    work = [
-        replace(group, cells=tuple(Cell(name, backend) for name in names), phases=("fwd", "bwd"))
-        for group in groups(problems)
-    ]
-    return statuses(work)
+    jobs = [one(x, p, ("fwd", "bwd"), backend=backend) for p in problems for x in names]
+    return list(gated(jobs))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -46,9 +42,8 @@ def test_varlen_is_right_in_both_passes(dtype):
         Problem(batch=2, seq_len=n, kv_heads=heads, head_dim=dim, dtype=dtype)
         for n, heads, dim in ((1024, 8, 64), (1001, 2, 128), (4096, 8, 128))
     ]
-    for group, cell, row in gated("varlen", problems, WINDOWS):
-        assert row.status == "ok", f"{cell.method} {group.problem}: {row.reason}"
-        assert row.error_budget <= 1
+    for row in rows("varlen", problems, WINDOWS):
+        assert row.status == "ok" and row.error_budget <= 1, line(row)
 
 
 @pytest.mark.parametrize("kind", KERNELS)
@@ -113,9 +108,8 @@ def test_a_number_is_right_or_there_is_none(backend):
     # Their compiler takes half a minute a kernel, so not every preset.
     some = ("standard", "sliding_window", "spattention", "longformer")
     names = [name for name in some if BACKENDS[backend].computes(METHODS[name])]
-    for group, cell, row in gated(backend, problems, names):
-        place = f"{cell.method} {group.problem}: {row.status} {row.reason}"
-        assert row.status in ("ok", "unsupported", "mismatch"), place
-        assert (row.median_us is not None) == (row.status == "ok"), place
-        if cell.method in ("standard", "spattention") and group.problem == problems[0]:
-            assert row.status == "ok", place
+    for row in rows(backend, problems, names):
+        assert row.status in ("ok", "unsupported", "mismatch"), line(row)
+        assert (row.median_us is not None) == (row.status == "ok"), line(row)
+        if row.method in ("standard", "spattention") and row.problem == problems[0]:
+            assert row.status == "ok", line(row)
