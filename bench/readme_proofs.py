@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import statistics
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.record import Row, read_rows
@@ -19,7 +21,10 @@ def proofs(results: Path) -> str:
     Args:
         results: the folder that has h200/ and cpu/.
     """
-    parts = (_verdict_proofs, _clock_proofs, kill_proofs, _sweep_proofs, _cost_proofs)
+    parts = (
+        _verdict_proofs, _clock_proofs, kill_proofs, matrix_proofs, fault_proofs, _sweep_proofs,
+        serial_proofs, _cost_proofs, block_list_proofs,
+    )  # fmt: skip
     found = [proof for part in parts for proof in part(results)]
     return "\n".join(markdown(("what", "measured", "made by"), found, numbers=()))
 
@@ -93,27 +98,106 @@ def _sweep_proofs(results: Path) -> Iterator[Proof]:
         f"{near} of {len(both)} within 2 %",
         "`run_bench.py compare`",
     )
+
+
+def serial_proofs(results: Path) -> Iterator[Proof]:
+    """Cells without a sweep; and with one, where the very same cells were swept.
+
+    Raises:
+        ValueError: sweep_serial.csv has other cells, or one that could not be measured.
+    """
     (serial,) = _records(results / "h200/serial.csv")
+    seconds, cells = float(serial["seconds"]), int(serial["cells"])
+    what = "compiled and timed one after the other in one process, without a check"
+    path = results / "h200/sweep_serial.csv"
+    spent = path.with_suffix(".time.csv")
+    if not (path.exists() and spent.exists()):
+        yield what, f"{seconds / cells:.1f} s a cell, {cells} cells", "`make serial`"
+        return
+    _must_be_those_of(serial, read_rows(path))
+    swept = sum(float(x["seconds"]) for x in _records(spent))
     yield (
-        "compiled and timed one after the other in one process, without a check",
-        f"{float(serial['seconds']) / int(serial['cells']):.1f} s a cell, {serial['cells']} cells",
-        "`make serial`",
+        f"{cells} cells {what}, or by a sweep; empty caches",
+        f"{seconds:.0f} s one after the other, {swept:.0f} s by a sweep: {seconds / swept:.1f} x",
+        "`make serial`, `run_bench.py`",
     )
+
+
+def _must_be_those_of(serial: dict[str, str], rows: Sequence[Row]) -> None:
+    axes = (serial.get(axis, "").split() for axis in ("methods", "heads", "lengths"))
+    taken = set(itertools.product(*axes))
+    swept = {(x.method, str(x.q_heads), str(x.seq_len)) for x in rows if x.status == "ok"}
+    cells = len({_cell(row) for row in rows})
+    if taken != swept or not int(serial["cells"]) == cells == len(taken):
+        raise ValueError(
+            f"sweep_serial.csv has {cells} cells, {len(swept)} of them measured; they must be the "
+            f"{serial['cells']} of serial.csv"
+        )
 
 
 def _cost_proofs(results: Path) -> Iterator[Proof]:
     (cost,) = _records(results / "h200/attend_cost.csv")
     what = "host time of `attend` a call, beyond the compiled kernel's"
     yield what, f"{cost['beyond_us']} us", "`make attend-cost`"
-    lists = {row.method: row for row in read_rows(results / "h200/block_lists.csv")}
-    ours, torchs = lists["spattention"], lists["spattention_gridless"]
+
+
+def block_list_proofs(results: Path) -> Iterator[Proof]:
+    """Against torch's where it has any, else what they take."""
+    lists = {
+        (row.seq_len, row.method): row
+        for row in read_rows(results / "h200/block_lists.csv")
+        if row.status == "ok"
+    }
+    for n in sorted({n for n, method in lists if method == "spattention"}):
+        ours, torchs = lists[n, "spattention"], lists.get((n, "spattention_gridless"))
+        if torchs is None:
+            took = f"{ours.median_us / 1000:.1f} ms, {ours.peak_bytes / 2**30:.2f} GiB at the peak"
+            yield f"block lists at N = {n}", took, "`--phases layout`"
+            continue
+        yield (
+            f"block lists against `create_block_mask`, N = {n}",
+            (
+                f"{torchs.median_us / ours.median_us:.0f} x faster, "
+                f"{torchs.peak_bytes / ours.peak_bytes:.0f} x less memory"
+            ),
+            "`--phases layout`, `tests/gpu/gridless.py`",
+        )
+
+
+def matrix_proofs(results: Path) -> Iterator[Proof]:
+    """How many cells of the matrix are right, and what the others are, where it was run."""
+    path = results / "h200/matrix.csv"
+    if not path.exists():
+        return
+    cells = _records(path)
+    sizes = [len({x[axis] for x in cells}) for axis in ("method", "dtype", "head_dim")]
+    others = Counter(
+        f"{x['status']} ({x['limit']})" if x["limit"] else x["status"]
+        for x in cells
+        if x["status"] != "ok"
+    )
+    budgets = [float(x["error_budget"]) for x in cells if x["status"] == "ok"]
+    right = f"{len(budgets)} of {len(cells)} right, at most {max(budgets):.2f} of an error budget"
     yield (
-        "block lists against `create_block_mask`, N = 32768",
-        (
-            f"{torchs.median_us / ours.median_us:.0f} x faster, "
-            f"{torchs.peak_bytes / ours.peak_bytes:.0f} x less memory"
-        ),
-        "`--phases layout`, `tests/gpu/gridless.py`",
+        "compiled FlexAttention against float64, forward alone and with gradients: "
+        "{} presets, {} types, {} head dims".format(*sizes),
+        "; ".join([right, *(f"{count} {what}" for what, count in others.most_common())]),
+        "`make matrix`",
+    )
+
+
+def fault_proofs(results: Path) -> Iterator[Proof]:
+    """What the check sees of faults in compiled kernels on a GPU."""
+    lines = _records(results / "h200/faults.csv")
+    planted = [x for x in lines if x["fault"] != "none"]
+    missed = [x for x in planted if x["caught"] != "True"]
+    names = dict.fromkeys(f"{x['fault'].replace('_', ' ')} in {x['dtype']}" for x in missed)
+    rest = f"; not caught: {', '.join(names)}" if missed else ""
+    lengths = " and ".join(dict.fromkeys(x["seq_len"] for x in lines))
+    yield (
+        f"faults planted in compiled FlexAttention on the GPU, N = {lengths}",
+        f"{len(planted) - len(missed)} of {len(planted)} caught{rest}",
+        "`make faults`",
     )
 
 
