@@ -2,7 +2,7 @@
 
 `python -m tests.faults` runs all of them through the gate, on a CPU with the plain PyTorch
 executor, with `--device cuda` through compiled FlexAttention, and writes a table of what each one
-takes of its error budget.
+takes of its error budget, on which device and by which code.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bench.oracle import Verdict, build_reference, cotangent, judge, sample_rows
+from bench.record import environment
 from methods import METHODS, Problem, block_mask
 from methods.attend import compiled_copy
 from methods.blockwise import blockwise
@@ -30,6 +31,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 TABLE = RESULTS / "cpu" / "faults.csv"
 GPU_TABLE = RESULTS / "h200" / "faults.csv"
 CLEAN = "none"
+# What the rounding of bfloat16 hides; float32 hides nothing.
+HIDDEN = {"float32": set(), "bfloat16": {"scale_off_slightly"}}
 LISTS = (
     "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
     "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices",
@@ -232,14 +235,16 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    env = environment(torch.device(args.device))
     with args.output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Finding))
+        writer.writerow((*(field.name for field in fields(Finding)), "device", "torch", "code"))
         for seq_len, dtype in itertools.product(args.seq_len, args.dtype):
             for x in findings(seq_len, dtype, args.device):
-                excess = f"{x.error_budget:.3g}"
-                writer.writerow((x.fault, x.method, x.seq_len, x.dtype, excess, x.caught))
-                print(f"{x.fault:18} {x.method:12} {x.seq_len:5} {x.dtype:9} {excess:>8}")
+                found = (x.fault, x.method, x.seq_len, x.dtype, f"{x.error_budget:.3g}", x.caught)
+                writer.writerow((*found, env.device, env.torch, env.code))
+                file.flush()
+                print(*found, flush=True)
 
 
 def _masked(call: Call, mask_mod: Callable) -> Call:

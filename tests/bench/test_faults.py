@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.faults import CLEAN, FAULTS, GPU_TABLE, TABLE, Finding, findings, read_table
+from bench.record import environment
+from tests import faults
+from tests.faults import CLEAN, FAULTS, GPU_TABLE, HIDDEN, TABLE, Finding, findings, read_table
 
 METHODS = ("spattention", "standard")
-# What the rounding of bfloat16 hides; float32 hides nothing.
-HIDDEN = {"float32": set(), "bfloat16": {"scale_off_slightly"}}
 
 
 def caught(found: list[Finding]) -> set[tuple[str, str]]:
@@ -45,3 +48,20 @@ def test_committed_tables_of_long_sequences(path: Path, seq_len: int, dtype: str
     assert caught(table) == expected(dtype)
     assert all(x.caught == (x.error_budget > 1) for x in table)
     assert sorted(x.fault for x in table) == sorted([CLEAN, *FAULTS] * len(METHODS))
+
+
+def test_every_line_says_device_torch_and_code(tmp_path, monkeypatch) -> None:
+    found = [Finding("nan_row", "standard", 1024, "float32", math.inf, True)]
+    monkeypatch.setattr(faults, "findings", lambda *case: iter(found))
+    path = tmp_path / "x.csv"
+    monkeypatch.setattr(sys, "argv", ["faults", "--output", str(path), "--seq-len", "1024"])
+    faults.main()
+    assert read_table(path) == found * 2  # a line a type
+    env = environment(torch.device("cpu"))
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            assert (line["device"], line["torch"], line["code"]) == (
+                env.device, env.torch, env.code
+            )  # fmt: skip
+    with TABLE.open(newline="") as file:
+        assert all(x["device"] and x["torch"] and x["code"] for x in csv.DictReader(file))

@@ -16,17 +16,16 @@ BOTH_WAYS = [name for name in METHODS if not name.startswith("mehc_")]  # causal
 
 
 def test_every_preset_is_right_or_says_why():
-    """Ragged N and grouped heads: a part of `tests.gpu.matrix`, and what is not causal."""
+    """Ragged N and grouped heads: a part of `make matrix`, and what is not causal."""
     ragged = SHAPES[1:]
     work = [
-        *matrix(head_dims=(64, 192), shapes=ragged),
-        *matrix(BOTH_WAYS, head_dims=(64,), shapes=ragged, causal=False),
+        *matrix(METHODS, ("bfloat16", "float32"), (64, 192), ragged),
+        *matrix(BOTH_WAYS, ("float16",), (64,), ragged, causal=False),
     ]
     rows = list(gated(work))
     assert [row.problem for row in rows] == [job.problem for job in work]
     for row in rows:
-        narrow = row.head_dim == 64 and row.dtype != "float32"
-        assert sound(row) and (row.status == "ok" or not narrow), line(row)
+        assert sound(row), line(row)
 
 
 def test_hashed_orders_share_compiled_kernels():
