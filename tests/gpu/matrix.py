@@ -23,7 +23,7 @@ from bench.ahead import cores
 from bench.cells import Cell, Group
 from bench.measure import Clockwork
 from bench.record import ROOT, Row, encode
-from bench.sweep import named_device
+from bench.request import named_device
 from bench.worker import Worker
 from methods import METHODS, Problem
 from methods.attend import NO_LSE
