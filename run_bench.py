@@ -29,6 +29,19 @@ from bench.sweep import sweep
 from bench.train import Train, train
 from methods import METHODS
 
+KINDS = {"INT": "whole numbers", "FLOAT": "numbers", "PATH": "a path", "True": "True or False"}
+# tyro's complaints.
+WRONG_VALUE = re.compile(
+    r"Error parsing (?P<flag>--\S+): .*?'(?P<given>[^']*)'"
+    rf".*Argument helptext: (?P=flag).*?(?P<kind>{'|'.join(KINDS)})"
+)
+WRONG_COMMAND = re.compile(
+    r"Unrecognized options: (?P<given>.*?) Available subcommands: (?P<allowed>.*?) For full"
+)
+WRONG_OPTION = re.compile(
+    r"Unrecognized options: (?P<given>[^\s,]+)(?:.*?Perhaps you meant: (?P<meant>--\S+))?"
+)
+MISSING = re.compile(r"Missing from run_bench.py (?P<command>\w+): (?P<what>\S+)")
 LOG_WIDTH = 160  # columns where the output is no terminal: enough for every column of a table
 
 
@@ -129,13 +142,20 @@ def _parse(arguments: Sequence[str]) -> Sweep | Train | Profile | Plot | Compare
 
 
 def _unboxed(complaint: str) -> str:
-    """The message of tyro's box: without its border, title, and pointers to the help."""
+    """The message of tyro's box in one line: what was given, and what is allowed."""
     lines = [line.strip(" ╭╮╰╯│─") for line in complaint.splitlines()]
     _title, *message = [line for line in lines if line.strip("-")]
-    pointers = r"\s*(?:Argument helptext:|For full helptext|Got errors:)"
-    text = re.split(pointers, " ".join(message))[0]
-    flag = re.match(r"Error parsing (--\S+): (?:no type matching|Could not find).*(\[.*\])", text)
-    return f"{flag[2]} is no value of {flag[1]}; --help says what is" if flag else text
+    text = " ".join(message)
+    if found := WRONG_VALUE.match(text):
+        return f"{found['flag']} is {found['given']!r}; it takes {KINDS[found['kind']]}"
+    if found := WRONG_COMMAND.match(text):
+        return f"{found['given']!r} is no command; it takes {found['allowed']}"
+    if found := WRONG_OPTION.match(text):
+        meant = f"; perhaps {found['meant']}" if found["meant"] else ""
+        return f"{found['given']} is no option{meant}; --help has them all"
+    if found := MISSING.match(text):
+        return f"{found['command']} needs {found['what']}; --help says what that is"
+    return re.split(r"\s*(?:Argument helptext:|For full helptext)", text)[0]
 
 
 def _plot(command: Plot, console: Console) -> int:

@@ -31,9 +31,13 @@ LEGEND = (
     "B / A: median time of A over that of B (above 1, B is faster), and its 99 % interval. "
     "faster, slower: all of it is more than 1 % away from 1; same: all of it is within 1 %; "
     f"unclear: neither, or fewer than {FEW} samples, which make no 99 % interval. Could show: 1 % "
-    "and half the interval's width; such data does not tell a smaller difference. Rounds of two "
-    "files do not pair: what changed on the machine between them is in the ratio alone."
+    "and half the interval's width; such data does not tell a smaller difference. "
 )
+UNPAIRED = (
+    "Rounds of two files do not pair: what changed on the machine between them is in the ratio "
+    "alone."
+)
+PAIRED = "Samples of one round are divided: what the machine went through cancels."
 
 
 class Key(NamedTuple):
@@ -170,11 +174,13 @@ def _print(a: Side, b: Side, pairs: Sequence[Pair], console: Console) -> None:
     left += [("only in A", key) for key in a.rows if key not in b.rows]
     left += [("only in B", key) for key in b.rows if key not in a.rows]
     _print_notes(left, console)
-    console.print(Text(LEGEND, style="dim"))
+    paired = any(pair.speed and pair.speed.paired for pair in pairs)
+    console.print(Text(LEGEND + (PAIRED if paired else UNPAIRED), style="dim"))
     counts = Counter(verdict(p.speed) for p in pairs if p.speed)
     told = ", ".join(f"{counts[word]} {word}" for word in STYLES)
     console.print(Text(f"B against A, {sum(counts.values())} compared: {told}", style="bold"))
-    ratios = _gathered(((p.key.clock,), p.speed.ratio) for p in pairs if _long(p))
+    again = [p for p in pairs if p.key.cell.method and _long(p)]  # one method, in two runs
+    ratios = _gathered(((p.key.clock,), p.speed.ratio) for p in again)
     for clock, found in ratios.items():
         alike = sum(1 / ALIKE <= ratio <= ALIKE for ratio in found)
         console.print(

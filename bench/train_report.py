@@ -18,9 +18,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.compare import LIMIT
 from bench.derived import BASELINE, PROBLEM, Cell, boards, compare, in_order
 from bench.figures import Value, doubling_axis, draw_series, factor_scale, log_scale
 from bench.record import STEP, Row
+from bench.report import WIDE
 from bench.step_attention import IDENTITY
 from bench.style import Style, save, styles
 
@@ -164,8 +166,25 @@ def print_training(rows: Sequence[Row], console: Console) -> None:
             elif abs(missed(row) or 0) > SPLIT:
                 console.print(f"{cell.label}, {cell.backend}: attention and the other kernels "
                               f"leave {missed(row):.1%} of the step")  # fmt: skip
+        _print_warnings(training, console)
     if found:
         console.print(LEGEND, style="dim")
+
+
+def _print_warnings(training: Training, console: Console) -> None:
+    """What cannot be right, or is not known well, and what to do about it."""
+    rates = [rate for row in training.rows.values() if (rate := tokens_per_s(row))]
+    wide = sum(_half_width(rate) > WIDE for rate in rates)
+    remedy = "end other work on the machine, or take more --steps"
+    if wide:
+        console.print(f"warning: {wide} medians are known to worse than {WIDE:.0%}: {remedy}.")
+    if (training.zero_cost() or 1) < 1 / LIMIT:
+        console.print(f"warning: attention of zero cost was slower than {BASELINE}'s: {remedy}.")
+
+
+def _half_width(rate: Value) -> float:
+    """The farther end of the interval, as a share."""
+    return max((abs(end / rate.y - 1) for end in (rate.low, rate.high) if end), default=0.0)
 
 
 def _table(training: Training, rows: Sequence[Row]) -> Table:
@@ -187,10 +206,10 @@ def _line(training: Training, cell: Cell, rows: Sequence[Row]) -> list[str]:
         return [cell.label, cell.backend, row.status, *[NOTHING] * (len(TABLE) - 3)]
     real = cell.method != IDENTITY.name
     same = cell._replace(method=BASELINE, params=None)
-    far = max(abs(end / rate.y - 1) for end in rate if end)
     share = row.attention_us and row.attention_us / row.median_us
     return [
-        cell.label, cell.backend, f"{rate.y:,.0f}", f"{far:.1%}", f"{row.median_us / 1000:.4g} ms",
+        cell.label, cell.backend, f"{rate.y:,.0f}", f"{_half_width(rate):.1%}",
+        f"{row.median_us / 1000:.4g} ms",
         _number(training.speedup(cell) and training.speedup(cell).y),
         _number(training.amdahl(cell) if real else None),
         _number(training.zero_cost() if real else None),

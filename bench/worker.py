@@ -162,12 +162,25 @@ def how_it_died(exit_code: int | None) -> str:
 @contextmanager
 def interrupts_held() -> Iterator[None]:
     """Processes started here never see an interrupt: their parent decides what it means."""
-    resource_tracker.ensure_running()  # starting it would let interrupts through again
+    _start_tracker()  # later, it would let interrupts through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """multiprocessing's: it frees what killed processes leave, and is not to tell the user so."""
+    name = "PYTHONWARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def set_up_sweep() -> None:

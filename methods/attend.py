@@ -64,6 +64,9 @@ def attend(
         ValueError: what was given does not go together; one line says what is allowed.
     """
     given = (q, k, v) if global_qkv is None else (q, k, v, *global_qkv)
+    if not all(isinstance(x, Tensor) for x in given):
+        kinds = ", ".join(type(x).__name__ for x in given)
+        raise ValueError(f"q, k, v (and global_qkv) are {kinds}; they must be tensors")
     return _routed(resolve(method), given, causal, backend, global_tokens, state)
 
 

@@ -230,9 +230,11 @@ def test_rounds_of_one_file_pair_and_those_of_two_do_not(write):
     both = write("both.csv", make_row(**fast, method="standard"), make_row(**slow))
     _, text = printed(both, None, "spattention", "standard")
     assert words(text, "flex", "fwd+bwd")[-3] == "slower"
+    assert "Samples of one round are divided" in text and "of each other" not in text
     a, b = write("a.csv", make_row(**fast)), write("b.csv", make_row(**slow))
     _, text = printed(a, b, None, None)
     assert words(text, "spattention", "flex")[-3] == "unclear"
+    assert "files do not pair" in " ".join(text.split()) and "of each other" in text
 
 
 def test_two_methods_of_one_file(write):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 import run_bench
 from bench import steps, train, train_report
@@ -139,6 +140,19 @@ def made(method="standard", us=100.0, **changes):
             "seq_len": 1024, "model": "m", "world_size": 1, "data": "random",
         } | changes
     )  # fmt: skip
+
+
+def test_what_cannot_be_right_or_is_not_known_well_is_said(capsys):
+    def said(*rows):
+        train_report.print_training(rows, Console(width=200))
+        return [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+
+    dense, bare = made(backend="flex"), made("identity", 120.0, backend="identity")
+    assert said(dense, replace(bare, median_us=60.0)) == []
+    (line,) = said(dense, bare)
+    assert "zero cost was slower" in line and "take more --steps" in line
+    (line,) = said(replace(dense, ci_high_us=150.0))
+    assert line.startswith("warning: 1 medians are known to worse than 5%")
 
 
 def test_rates_speed_ups_and_ceilings_follow_from_the_rows():

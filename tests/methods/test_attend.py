@@ -212,6 +212,7 @@ def _double(x):
         ({"method": "longfromer"}, "longfromer"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
         ({"q": torch.zeros(2, 4, 200, 16, dtype=torch.float64)}, "differ in dtype or device"),
+        ({"k": None}, "are Tensor, NoneType, Tensor; they must be tensors"),
         ({"k": torch.zeros(2, 4, 100, 16)}, "k [2, 4, 100, 16]"),
         ({"q": torch.zeros(2, 6, 200, 16)}, "q_heads 6 is not a multiple of kv_heads 4"),
         ({"q": torch.zeros(4, 200, 16)}, "attend needs q"),
