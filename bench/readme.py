@@ -40,8 +40,8 @@ def sections() -> dict[str, Callable[[], str]]:
             q_heads=8,
             head_dim=128,
         ),
-        "answer": lambda: answer(_rows("h200/lengths"), _rows("h200/backends")),
-        "point": lambda: clocks(_rows("h200/lengths")),
+        "answer": lambda: answer(_point_rows(), _rows("h200/lengths"), _rows("h200/backends")),
+        "point": lambda: clocks(_point_rows()),
         "fastest": lambda: fastest(_rows("h200/backends")),
         "fastest-all": lambda: fastest(_rows("h200/paper_speeds")),
         "targets": lambda: targets(_rows("h200/backends")),
@@ -72,6 +72,12 @@ def render(text: str) -> str:
 
 def _rows(name: str) -> list[Row]:
     return read_rows(RESULTS / f"{name}.csv")
+
+
+def _point_rows() -> list[Row]:
+    """Of a run of the paper's point alone, and so with more samples; else of that of all lengths."""
+    alone = (RESULTS / "h200/point.csv").exists()
+    return _rows("h200/point" if alone else "h200/lengths")
 
 
 def _with_rivals(rows: list[Row], others: list[Row]) -> list[Row]:

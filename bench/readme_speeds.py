@@ -91,8 +91,13 @@ def _headline_caption(found: Sequence[Board], backend: str) -> str:
     )
 
 
-def answer(lengths: list[Row], backends: list[Row]) -> str:
-    """Right, fast, and what stops it: of `spattention` at the paper's point."""
+def answer(point: list[Row], lengths: list[Row], backends: list[Row]) -> str:
+    """Right, fast, and what stops it: of `spattention` at the paper's point.
+
+    Args:
+        point: rows of a run that has it, on `flex`.
+        lengths, backends: rows behind the other tables.
+    """
     rows = [row for row in (*lengths, *backends) if row.status != "unsupported"]
     cells: dict[tuple, bool] = {}
     for row in rows:
@@ -100,7 +105,7 @@ def answer(lengths: list[Row], backends: list[Row]) -> str:
         cells[cell] = cells.get(cell, True) and row.status == "ok"
     count = f"{sum(cells.values())} of {len(cells)} cells"
     worst = max(row.error_budget for row in rows if row.status == "ok")
-    device, host = (_point(lengths, clock) for clock in ("device", "host"))
+    device, host = (_point(point, clock) for clock in ("device", "host"))
     best = _point(backends, "device")
     flex, own = Cell("spattention", None, "flex"), best.fastest("spattention", "fwd_bwd")
     dense, rival = device.dense("flex")[0], best.fastest_dense("fwd_bwd")
@@ -143,7 +148,10 @@ def clocks(rows: list[Row]) -> str:
         ideal = ", ".join(f"{x:.2f}x" if x else NOTHING for x in ideals)
         lines.append((f"`{cell.method}`", cell.backend, times[0], ideal, times[1]))
     heads = ("method", "backend", "device clock", "ideal by pairs, blocks", "host clock")
-    return "\n".join(markdown(heads, lines, numbers=(2, 3, 4)))
+    counts = [len(found[1].row(x, "fwd_bwd").samples) for x in found[1].cells]
+    many = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    told = f"Medians by the host clock are of {many} samples."
+    return "\n".join([*markdown(heads, lines, numbers=(2, 3, 4)), "", told])
 
 
 def fastest(rows: list[Row]) -> str:
