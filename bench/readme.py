@@ -75,7 +75,7 @@ def _rows(name: str) -> list[Row]:
 
 
 def _point_rows() -> list[Row]:
-    """Of a run of the paper's point alone, and so with more samples; else of that of all lengths."""
+    """Of a run of the paper's point alone, which has more samples, or of that of all lengths."""
     alone = (RESULTS / "h200/point.csv").exists()
     return _rows("h200/point" if alone else "h200/lengths")
 
