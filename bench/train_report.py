@@ -22,7 +22,7 @@ from bench.compare import LIMIT
 from bench.derived import BASELINE, PROBLEM, Cell, boards, compare, in_order
 from bench.figures import Value, doubling_axis, draw_series, factor_scale, log_scale
 from bench.record import STEP, Row
-from bench.report import WIDE
+from bench.report import WIDE, labels
 from bench.step_attention import IDENTITY
 from bench.style import Style, save, styles
 
@@ -266,12 +266,12 @@ def draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
 def _rates(found: Sequence[Training], looks: dict[str, Style]) -> Figure:
     figure, axes = _figure(found, "tokens/s")
     across, drawn = [training.head.seq_len for training in found], []
-    for method, params in _methods(found):
+    for (method, params), name in _methods(found).items():
         best = [training.best(method, params) for training in found]
         values = [c and tokens_per_s(t.rows[c]) for t, c in zip(found, best, strict=True)]
-        bare, label = method == IDENTITY.name, Cell(method, params, "").label
-        look = CEILING if bare else looks[label]
-        draw_series(axes, across, values, look, "attention of zero cost" if bare else label)
+        bare = method == IDENTITY.name
+        look = CEILING if bare else looks[Cell(method, params, "").label]
+        draw_series(axes, across, values, look, "attention of zero cost" if bare else name)
         drawn += [value.y for value in values if value]
     return _finished(figure, axes, drawn, log_scale)
 
@@ -279,15 +279,15 @@ def _rates(found: Sequence[Training], looks: dict[str, Style]) -> Figure:
 def _speedups(found: Sequence[Training], looks: dict[str, Style]) -> Figure:
     figure, axes = _figure(found, "speed-up over the fastest dense")
     across, drawn = [training.head.seq_len for training in found], [1.0]
-    for method, params in _methods(found):
+    for (method, params), name in _methods(found).items():
         if method in (BASELINE, IDENTITY.name):
             continue
-        label = Cell(method, params, "").label
+        look = looks[Cell(method, params, "").label]
         best = [training.best(method, params) for training in found]
         values = [c and t.speedup(c) for t, c in zip(found, best, strict=True)]
         bounds = [c and t.amdahl(c) for t, c in zip(found, best, strict=True)]
-        draw_series(axes, across, values, looks[label], label)
-        axes.plot(across, [x or np.nan for x in bounds], "--", color=looks[label].colour, lw=1)
+        draw_series(axes, across, values, look, name)
+        axes.plot(across, [x or np.nan for x in bounds], "--", color=look.colour, lw=1)
         drawn += [value.y for value in values if value] + [x for x in bounds if x]
     axes.plot([], [], "--", color="#444444", linewidth=1, label="Amdahl, by colour")
     ceiling = [bound and Value(bound) for bound in (t.zero_cost() for t in found)]
@@ -300,13 +300,13 @@ def _speedups(found: Sequence[Training], looks: dict[str, Style]) -> Figure:
 def _losses(training: Training, looks: dict[str, Style]) -> Figure:
     figure = Figure((7.6, 4.3), dpi=140, layout="constrained")
     axes = figure.subplots()
-    for method, params in _methods([training]):
+    for (method, params), name in _methods([training]).items():
         best = training.best(method, params)
         if best is None or not training.rows[best].losses or method == IDENTITY.name:
             continue
         losses = [float(loss) for loss in training.rows[best].losses.split(";")]
         axes.plot(range(1, len(losses) + 1), losses, color=looks[best.label].colour, lw=1,
-                  linestyle=looks[best.label].line, label=best.label)  # fmt: skip
+                  linestyle=looks[best.label].line, label=name)  # fmt: skip
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("loss", fontsize=9)
     axes.grid(True, color="#dddddd", linewidth=0.6)
@@ -315,8 +315,10 @@ def _losses(training: Training, looks: dict[str, Style]) -> Figure:
     return figure
 
 
-def _methods(found: Iterable[Training]) -> list[tuple[str, str | None]]:
-    return list(dict.fromkeys(cell[:2] for training in found for cell in training.cells))
+def _methods(found: Iterable[Training]) -> dict[tuple[str, str | None], str]:
+    """Methods and parameters, and how a legend names them: by parameters only where it must."""
+    cells = [cell for training in found for cell in training.cells]
+    return dict(zip((cell[:2] for cell in cells), labels(cells), strict=True))
 
 
 def _figure(found: Sequence[Training], label: str) -> tuple:

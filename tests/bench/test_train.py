@@ -334,3 +334,12 @@ def test_two_processes_train_together_and_one_that_dies_is_a_row(tmp_path):
     assert all(math.isfinite(loss) for loss in losses(standard))
     assert (fatal.method, fatal.status, fatal.world_size) == ("fatal", "crash", 2)
     assert "rank 1: the process was ended by SIGKILL" in fatal.reason
+
+
+def test_a_legend_names_parameters_only_where_it_must():
+    window = [made("sliding_window", params=f"window={n}") for n in (4, 8)]
+    (training,) = train_report.trainings([made(), window[0]])
+    assert list(train_report._methods([training]).values()) == ["standard", "sliding_window"]
+    (training,) = train_report.trainings([made(), *window])
+    names = list(train_report._methods([training]).values())
+    assert names[1:] == ["sliding_window:window=4", "sliding_window:window=8"]
