@@ -23,7 +23,7 @@ def proofs(results: Path) -> str:
     """
     parts = (
         _verdict_proofs, _clock_proofs, kill_proofs, matrix_proofs, fault_proofs, _sweep_proofs,
-        serial_proofs, _cost_proofs, block_list_proofs,
+        repeat_proofs, serial_proofs, _cost_proofs, block_list_proofs,
     )  # fmt: skip
     found = [proof for part in parts for proof in part(results)]
     return "\n".join(markdown(("what", "measured", "made by"), found, numbers=()))
@@ -218,6 +218,32 @@ def _records(path: Path) -> list[dict[str, str]]:
     """Lines of a table that is no sweep's."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def repeat_proofs(results: Path) -> Iterator[Proof]:
+    """Two runs of the same cells, apart by whether the chip was at its power cap."""
+    runs = [
+        {
+            (_cell(row), row.phase): row
+            for row in read_rows(results / f"h200/{name}.csv")
+            if row.clock == "device" and row.status == "ok"
+        }
+        for name in ("lengths", "backends")
+    ]
+    apart: dict[bool, list[float]] = {}
+    for key in runs[0].keys() & runs[1].keys():
+        a, b = (run[key] for run in runs)
+        capped = any("power cap" in (row.throttled or "") for row in (a, b))
+        times = sorted((a.median_us, b.median_us))
+        apart.setdefault(capped, []).append(times[1] / times[0] - 1)
+    for capped, found in sorted(apart.items()):
+        near = sum(x <= 0.02 for x in found)
+        yield (
+            f"the same cells in two runs, {'at' if capped else 'below'} the chip's power cap, "
+            "device medians",
+            f"{near} of {len(found)} within 2 %, at most {max(found):.0%} apart",
+            "`run_bench.py compare`",
+        )
 
 
 def _cell(row: Row) -> tuple:

@@ -8,7 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench.readme_proofs import block_list_proofs, fault_proofs, matrix_proofs, serial_proofs
+from bench.readme_proofs import (
+    block_list_proofs,
+    fault_proofs,
+    matrix_proofs,
+    repeat_proofs,
+    serial_proofs,
+)
 from bench.record import Store
 from tests.bench.rows import make_row
 from tests.gpu import serial
@@ -127,3 +133,23 @@ def test_faults_on_a_gpu_are_counted_and_the_missed_ones_named(folder, more):
     ((what, measured, _),) = fault_proofs(folder)
     assert what.endswith("on the GPU, N = 8192 and 32768")
     assert measured == "2 of 4 caught; not caught: scale off slightly in bfloat16"
+
+
+def test_two_runs_are_told_apart_by_the_power_cap(folder):
+    free, capped = {"throttled": None}, {"throttled": "power cap 3/9"}
+    runs = {
+        "lengths": [(1024, 100.0, free), (2048, 100.0, free), (4096, 100.0, free)],
+        "backends": [(1024, 101.0, free), (2048, 97.0, free), (4096, 80.0, capped)],
+    }
+    for name, cells in runs.items():
+        with Store(folder / "h200" / f"{name}.csv") as store:
+            for n, us, more in cells:
+                store.append([make_row(seq_len=n, median_us=us, **more)])
+                store.append([make_row(seq_len=n, median_us=1.0, clock="host")])
+            store.append([make_row(method="bigbird", seq_len=len(name), median_us=1.0)])
+    below, at = repeat_proofs(folder)
+    assert below[:2] == (
+        "the same cells in two runs, below the chip's power cap, device medians",
+        "1 of 2 within 2 %, at most 3% apart",
+    )
+    assert at[1] == "0 of 1 within 2 %, at most 25% apart"
