@@ -74,7 +74,8 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
     """Prints what B is against A.
 
     Returns:
-        The exit status: 1 where a whole interval has B slower by more than `fail_slower` percent.
+        The exit status: 1 where a whole interval has B slower by more than `fail_slower` percent,
+        or, if that is given, B has no time of what A has one of.
 
     Raises:
         ValueError: `fail_slower` is no percentage, nothing matches, or samples are damaged.
@@ -89,7 +90,9 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
     limit = math.inf if fail_slower is None else 1 + fail_slower / 100
     slower = [p for p in pairs if p.speed and verdict(p.speed, limit) == "slower"]
     _print_notes([(f"slower by more than {fail_slower:g} %", p.key) for p in slower], console)
-    return 1 if slower else 0
+    times = {key for key, row in b.rows.items() if _status(row) == "ok"}
+    lost = {key for key, row in a.rows.items() if _status(row) == "ok"} - times
+    return 1 if slower or (lost and fail_slower is not None) else 0
 
 
 def sides(csv: Path, other: Path | None, method: str | None, against: str | None) -> list[Side]:
@@ -127,9 +130,15 @@ def could_show(speed: Ratio) -> float | None:
 
 
 def _of_file(path: Path) -> Side:
-    cells = ((row, Cell(row.method, row.params, row.backend)) for row in read_rows(path))
-    # Two files may hold two runs of one name; without round numbers their rows do not pair.
-    return Side(str(path), {_key(row, cell): replace(row, rounds=None) for row, cell in cells})
+    found: dict[Key, Row] = {}
+    for row in read_rows(path):
+        key = _key(row, Cell(row.method, row.params, row.backend))
+        if key in found and found[key].device != row.device:
+            devices = f"{found[key].device} and {row.device}"
+            raise ValueError(f"{path} has cells of {devices}; compare files of one device each")
+        # Two files may hold two runs of one name; without round numbers their rows do not pair.
+        found[key] = replace(row, rounds=None)
+    return Side(str(path), found)
 
 
 def _of_method(rows: Sequence[Row], name: str, path: Path) -> Side:

@@ -7,8 +7,11 @@ from torch._inductor.exc import InductorError
 
 from bench.specs import AUTHOR_ERRORS
 
-# How compilers and kernels say "not this shape on this chip".
-UNSUPPORTED = (InductorError, NotImplementedError)
+# How torch's compiler says "not this shape on this chip"; it wraps any other error, too.
+REFUSALS = (
+    "NotImplementedError", "NoValidChoices", "No choices to select", "No valid triton configs",
+    "OutOfResources", "out of resource",
+)  # fmt: skip
 # What a cell may raise: a kernel, its compiler, or the code of the method's author.
 CELL_ERRORS = (*AUTHOR_ERRORS, MemoryError)
 # Beside torch's own class: its CPU allocator, CUDA's runtime and driver, NCCL; cuBLAS.
@@ -25,7 +28,9 @@ def status_of(error: BaseException, says_no: tuple[type[BaseException], ...] = (
     """
     if out_of_memory(error):
         return "oom"
-    return "unsupported" if isinstance(error, (*UNSUPPORTED, *says_no)) else "crash"
+    refused = isinstance(error, InductorError) and any(x in str(error) for x in REFUSALS)
+    refused = refused or isinstance(error, (NotImplementedError, *says_no))
+    return "unsupported" if refused else "crash"
 
 
 def out_of_memory(error: BaseException) -> bool:

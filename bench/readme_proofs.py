@@ -34,7 +34,7 @@ def _verdict_proofs(results: Path) -> Iterator[Proof]:
         planted, mode = float(x["planted"]), x["mode"]
         extra = f"{float(x['measured']):.1%} of real extra work"
         what = extra if planted else "a call against its twin"
-        rounds = "in the same rounds" if mode == "paired" else "one run after the other"
+        rounds = "in the same rounds" if mode == "paired" else "in neighbouring rounds, unpaired"
         found = ", ".join(f"{x[v]} {v}" for v in ("same", "unclear", "slower", "faster"))
         yield f"verdicts of `compare`: {what}, {rounds}", found, "`make detection`"
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import fcntl
 import hashlib
-import importlib.metadata
 import io
+import math
 import os
 import platform
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any, get_type_hints
 
 import torch
 
+from bench.facts import ROOT, driver, git_sha, processor, version
 from methods import Problem
 
-ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("layout", "prepare", "fwd", "bwd", "fwd_bwd")  # of a sweep
 STEP = "step"  # of training: forward, backward and optimiser
 CLOCKS = ("device", "kernels", "host")
@@ -143,21 +142,22 @@ _HEADER = (",".join(COLUMNS) + "\n").encode()
 # Of files from before there were rows of training, which are read all the same.
 _OLDER = COLUMNS[: COLUMNS.index("model")]
 _TYPES = get_type_hints(Row)
+LONGEST = 2**31 - 1  # characters of a field: samples and losses have no limit of their own
 
 
 def environment(device: torch.device, extra_code: Iterable[Path] = ()) -> Environment:
     """The environment of measurements on a device; extra_code are files of the user's own."""
     cuda = device.type == "cuda"
     return Environment(
-        git_sha=_git_sha(),
+        git_sha=git_sha(),
         code=code_hash(extra_code),
         host=platform.node(),
-        device=torch.cuda.get_device_name(device) if cuda else _processor(),
-        driver=_driver() if cuda else None,
+        device=torch.cuda.get_device_name(device) if cuda else processor(),
+        driver=driver() if cuda else None,
         cuda=torch.version.cuda if cuda else None,
         torch=torch.__version__,
-        triton=_version("triton"),
-        flash_attn=_version("flash-attn-4") or _version("flash-attn"),
+        triton=version("triton"),
+        flash_attn=version("flash-attn-4") or version("flash-attn"),
         python=platform.python_version(),
         threads=torch.get_num_threads(),
     )
@@ -309,12 +309,18 @@ _DAMAGE = (ValueError, KeyError, csv.Error)
 
 def _parse(line: bytes, columns: Sequence[str]) -> Row:
     """The row of one line, which is data and nothing else: no field of it is evaluated."""
+    csv.field_size_limit(LONGEST)
     (values,) = csv.reader([line.decode()], strict=True)
     row = Row(**{k: decode(k, v) for k, v in zip(columns, values, strict=True)})
     for name, allowed in (("phase", (*PHASES, STEP)), ("clock", CLOCKS), ("status", STATUSES)):
         if getattr(row, name) not in allowed:
             raise ValueError(f"{name} is {getattr(row, name)!r}")
-    _ = row.problem, row.samples  # these have to be read from it later
+    _ = row.problem  # it has to be read from it later
+    times = (1.0 if row.median_us is None else row.median_us, *row.samples)
+    if not all(0 < us < math.inf for us in times):
+        raise ValueError("a time is no positive number")
+    if row.rounds and not len({*map(int, row.rounds.split(";"))}) == len(row.samples):
+        raise ValueError("rounds and samples do not go together")
     return row
 
 
@@ -322,7 +328,7 @@ def _lines(rows: Iterable[Row]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([encode(getattr(row, name)) for name in COLUMNS] for row in rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -361,40 +367,3 @@ def decode(name: str, text: str, hints: Mapping[str, Any] = _TYPES) -> Any:
     if value != value:
         raise ValueError(f"{name} is {text!r}")
     return value
-
-
-def _git_sha() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12",
-               "--exclude=*"]  # fmt: skip
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # an unpacked archive has no history
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _driver() -> str:
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        return pynvml.nvmlSystemGetDriverVersion()
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _processor() -> str:
-    """The processor's marketing name, where the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -303,7 +303,7 @@ def test_exit_status(write, capsys):
         (["{a}", "missing.csv"], "missing.csv"),
         (["{a}", "{text}"], "not a results file"),
         (["{a}", "{empty}"], "nothing matches"),
-        (["{a}", "{damaged}"], "spattention on flex, fwd+bwd, device clock: samples are"),
+        (["{a}", "{damaged}"], "line 2: damaged (a time is no positive number)"),
         (["{a}", "{a}", "--fail-slower", "-1"], "--fail-slower is -1.0; a percentage of 0"),
         (["{a}", "{a}", "--fail-slower", "nan"], "--fail-slower is nan; a percentage of 0"),
         (["{a}", "--method", "reformer", "--against", "spattention"],
@@ -327,3 +327,18 @@ def test_wrong_requests_are_one_line(write, tmp_path, capsys, arguments, complai
     assert captured.out == ""
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
     assert complaint in captured.err
+
+
+def test_what_b_lost_fails_where_slower_would(write, capsys):
+    a, b = write("a.csv", timed(), timed(backend="flash")), write("b.csv", timed())
+    for flags, status in (([], 0), (["--fail-slower", "5"], 1)):
+        assert run_bench.main(["compare", str(a), str(b), *flags]) == status
+    crashed = write("c.csv", timed(), timed(backend="flash", status="crash"))
+    assert run_bench.main(["compare", str(a), str(crashed), "--fail-slower", "5"]) == 1
+    assert run_bench.main(["compare", str(b), str(a), "--fail-slower", "5"]) == 0
+
+
+def test_a_file_of_two_devices_is_refused(write, capsys):
+    a, b = write("a.csv", timed()), write("b.csv", timed(), timed(device="Chip Y"))
+    assert run_bench.main(["compare", str(a), str(b)]) == 2
+    assert "has cells of Chip X and Chip Y; compare files of one" in capsys.readouterr().err

@@ -313,6 +313,7 @@ def test_blocks_without_tiles_are_unsupported_in_plain_words(monkeypatch, block_
         (InductorError(RuntimeError("Triton Error [CUDA]: out of memory"), None), "oom"),
         (InductorError(RuntimeError("out of resource: shared memory"), None), "unsupported"),
         (NotImplementedError("no kernel"), "unsupported"),
+        (InductorError(RuntimeError("a bug"), None), "crash"),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "crash"),
     ],
     ids=str,

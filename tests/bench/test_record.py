@@ -1,6 +1,7 @@
 """The CSV store: what was written is read back, a torn line is cut, damage is named."""
 
 import fcntl
+import math
 import resource
 from pathlib import Path
 
@@ -213,3 +214,28 @@ def test_a_file_from_before_the_columns_of_training_is_read_and_gone_on_with(tmp
         store.append([trained])
     assert path.read_text().splitlines()[:2] == [header, line]
     assert read_rows(path) == [row, trained]
+
+
+def test_a_row_of_very_many_samples_is_read_again(tmp_path):
+    times = ";".join(["1.5"] * 50_000)
+    with Store(tmp_path / "a.csv") as store:
+        store.append([make_row(samples_us=times, reason="\ud800")])
+    (row,) = read_rows(tmp_path / "a.csv")
+    assert len(row.samples) == 50_000 and row.reason == "\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"median_us": -1.0}, "positive number"), ({"median_us": math.inf}, "positive number"),
+        ({"median_us": 0.0}, "positive number"), ({"samples_us": "1;-2"}, "positive number"),
+        ({"samples_us": "1;2;3", "rounds": "1;2"}, "go together"),
+        ({"samples_us": "1;2;3", "rounds": "1;2;2"}, "go together"),
+        ({"samples_us": "1;2", "rounds": "1;x"}, "invalid literal"),
+    ],
+)  # fmt: skip
+def test_times_and_rounds_that_cannot_be_are_damage(tmp_path, change, complaint):
+    with Store(tmp_path / "a.csv") as store:
+        store.append([make_row(**change)])
+    with pytest.raises(ValueError, match=f"line 2: damaged .*{complaint}"):
+        read_rows(tmp_path / "a.csv")
