@@ -151,9 +151,9 @@ def _unused(taken: Sequence[tuple[int, int]], rows: int) -> Tensor:
     return unused
 
 
-def _idle(unused: Sequence[Tensor], device: torch.device) -> Idle:
+def _idle(unused: list[Tensor], device: torch.device) -> Idle:
     """Of tensors below one another."""
-    all_rows = torch.cat(tuple(unused))
+    all_rows = torch.cat(unused)
     kinds, lengths = all_rows.unique_consecutive(return_counts=True)
     many = len(lengths) > MOST_STRETCHES
     rows = all_rows.nonzero().flatten().to(device) if many else None
