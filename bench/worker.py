@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ START_LIMIT = 300.0  # seconds to import and to open the device
 START_TRIES = 2
 STOP_LIMIT = 10.0  # seconds to clean up
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_TRACKER = threading.Lock()
 
 
 class CellFailed(RuntimeError):
@@ -173,14 +175,15 @@ def interrupts_held() -> Iterator[None]:
 def _start_tracker() -> None:
     """multiprocessing's: it frees what killed processes leave, and is not to tell the user so."""
     name = "PYTHONWARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+    with _TRACKER:  # several threads may each start a worker
+        before = os.environ.get(name)
+        os.environ[name] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+        try:
+            resource_tracker.ensure_running()
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
 
 
 def set_up_sweep() -> None:

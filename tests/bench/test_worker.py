@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,3 +195,16 @@ def test_a_process_that_used_cupti_measures_nothing_more(monkeypatch, group):
             worker.measure(replace(group, cells=(cell,)), Clockwork())
             processes.append(worker._process.pid)
     assert processes[0] == processes[1] != processes[2] == processes[3]
+
+
+def test_threads_start_workers_side_by_side():
+    """Each sets a variable of the environment for a while, and puts it back."""
+
+    def start(_):
+        for _ in range(500):
+            worker_module._start_tracker()
+
+    before = dict(os.environ)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(start, range(8)))
+    assert dict(os.environ) == before
