@@ -76,7 +76,9 @@ def test_bfloat16_is_within_the_budget_of_dense_bfloat16(name, kind, compiled):
         torch.compiler.reset()
         model.compile()
     found = results(model, ids, **given)
-    assert found.keys() == exact.keys()
+    # What Reformer makes no use of has no gradient; or, across a graph's break, one of zeros.
+    unused = {part: x for part, x in found.items() if part not in exact}
+    assert not any(x.any() for x in unused.values()), unused.keys()
     for part, truth in exact.items():
         budget = 2 * (rounded[part] - truth).norm() + 2**-8 * truth.norm()
         assert (found[part] - truth).norm() <= budget, part
