@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from bench.timing import Sampler
 from methods import Method, Problem
 from methods.method import ScoreMod
 
+SLOWED = "more than by the host clock, since CUPTI slows down launches, of which this has many"
 ON_HOST = ("layout", STEP)  # phases that have no other clock, and no state of the L2
 
 
@@ -109,8 +110,7 @@ def _refuse_the_impossible(p: Problem, prepared: Prepared, ceilings: Ceilings | 
     for (phase, clock), series in prepared.series.items():
         if ceilings is None or clock == "host" or not series.samples:
             continue
-        us = statistics.median(us for _, us in series.samples)
-        reason = beyond(ceilings, p, phase, prepared.facts["allowed_pairs"], us)
+        reason = beyond(ceilings, p, phase, prepared.facts["allowed_pairs"], series.median)
         if reason:
             prepared.refused |= {x: ("mismatch", reason) for x, _ in prepared.series}
             prepared.series.clear()
@@ -126,7 +126,7 @@ def _row(
     values |= prepared.facts | (ceilings._asdict() if ceilings else {})
     if phase == "layout":
         values["peak_bytes"] = prepared.layout_bytes
-    sound = "ok", prepared.uncaptured.get(phase) if clock == "kernels" else None
+    sound = "ok", _uncaptured(prepared, phase) if clock == "kernels" else None
     values["status"], values["reason"] = prepared.refused.get(phase, sound)
     if series := prepared.series.get((phase, clock)):
         values |= _figures(series, group.shared)
@@ -137,6 +137,15 @@ def _row(
         q_block=group.block_size[0], kv_block=group.block_size[1], phase=phase, clock=clock,
         l2=None if group.device == "cpu" or phase in ON_HOST else "cold", **values,
     )  # fmt: skip
+
+
+def _uncaptured(prepared: Prepared, phase: str) -> str | None:
+    """Why no graph holds a phase, and whether the time that CUPTI took of it is too long."""
+    reason = prepared.uncaptured.get(phase)
+    traced, host = (prepared.series.get((phase, clock)) for clock in ("kernels", "host"))
+    if reason and traced and host and (traced.median or 0) > (host.median or math.inf):
+        return f"{reason}; {SLOWED}"
+    return reason
 
 
 def _figures(series: Series, shared: bool) -> dict:

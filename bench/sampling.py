@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,11 @@ class Series:
     samples: list[tuple[int, float]] = field(default_factory=list)
     readings: list[chip.Reading] = field(default_factory=list)
     discarded: int = 0
+
+    @property
+    def median(self) -> float | None:
+        """Microseconds; None where no sample counts."""
+        return statistics.median(us for _, us in self.samples) if self.samples else None
 
     @property
     def settled(self) -> bool:

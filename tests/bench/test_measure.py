@@ -12,7 +12,7 @@ from torch._inductor.exc import InductorError
 
 from bench import measure, timing
 from bench.backends import BACKENDS
-from bench.cells import Cell, Group, Prepared, rows_of
+from bench.cells import SLOWED, Cell, Group, Prepared, rows_of
 from bench.failures import one_line, status_of
 from bench.measure import Clockwork, Machine, measure_group
 from bench.record import environment
@@ -88,14 +88,16 @@ def test_what_needs_cupti_is_sampled_when_all_else_is_done():
     assert all(len(x.series["fwd", "kernels"].samples) == 3 for x in ready)
 
 
-def test_what_no_graph_could_hold_says_why():
+@pytest.mark.parametrize(("span", "slowed"), [(4.0, False), (5.0, False), (6.0, True)])
+def test_what_no_graph_could_hold_says_why(span, slowed):
     group, cell = replace(GROUP, phases=("fwd",), device="cuda:0"), GROUP.cells[0]
     prepared = Prepared(cell, METHODS["standard"], facts={"allowed_pairs": 1})
     prepared.uncaptured["fwd"] = "no graph: RuntimeError: it waits"
-    for clock in ("kernels", "host"):
-        prepared.series["fwd", clock] = Series(samples=[(0, 5.0), (1, 5.0)])
+    for clock, us in (("kernels", span), ("host", 5.0)):
+        prepared.series["fwd", clock] = Series(samples=[(0, us), (1, us)])
     found = {row.clock: row for row in rows_of(group, ENVIRONMENT, prepared, None)}
-    assert found["kernels"].reason == "no graph: RuntimeError: it waits"
+    why = "no graph: RuntimeError: it waits"
+    assert found["kernels"].reason == (f"{why}; {SLOWED}" if slowed else why)
     assert (found["kernels"].status, found["host"].reason) == ("ok", None)
 
 
