@@ -27,8 +27,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -262,11 +264,26 @@ def xformers_missing(device: torch.device) -> str | None:
     return xformers_fault(device) if device.type == "cuda" else "xformers has CUDA kernels alone"
 
 
+def _xformers(name: str) -> ModuleType:
+    """A module of xformers, which takes flash-attn-4 for flash-attn 2: both are `flash_attn`."""
+    taken = importlib.util.find_spec("flash_attn")
+    if taken is None or importlib.util.find_spec("flash_attn.flash_attn_interface"):
+        return importlib.import_module(f"xformers.{name}")
+    before = sys.modules.get("flash_attn")
+    sys.modules["flash_attn"] = None  # found nowhere: it then uses torch's own kernels
+    try:
+        return importlib.import_module(f"xformers.{name}")
+    finally:
+        del sys.modules["flash_attn"]
+        if before is not None:
+            sys.modules["flash_attn"] = before
+
+
 @lru_cache(maxsize=8)
 def xformers_fault(device: torch.device) -> str | None:
     """What a small call of xformers on a device raises, in one line; None where it runs."""
     try:
-        ops = importlib.import_module("xformers.ops")
+        ops = _xformers("ops")
         x = torch.zeros(1, 128, 1, 64, dtype=torch.float16, device=device)
         ops.memory_efficient_attention(x, x, x)
     except LOAD_ERRORS as error:
@@ -288,8 +305,7 @@ def xformers_build(
     method: Banded, p: Problem, device: torch.device, block_size: tuple[int, int]
 ) -> Attention:
     """memory_efficient_attention under a causal or local bias, by the operator it chooses."""
-    ops = importlib.import_module("xformers.ops")
-    biases = importlib.import_module("xformers.ops.fmha.attn_bias")
+    ops, biases = _xformers("ops"), _xformers("ops.fmha.attn_bias")
     reach = _reach(method, p)
     if reach < p.seq_len - 1:
         ahead = 0 if p.causal else reach

@@ -1,7 +1,11 @@
 """Peers: each passes the gate where it computes the method, and says why where it does not."""
 
+import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -339,3 +343,43 @@ def test_an_xformers_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     assert "import of xformers.ops halted" in peers.xformers_fault(CPU)
     peers.xformers_fault.cache_clear()
+
+
+def test_flash_attn_4_is_not_taken_for_flash_attn_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As xformers 0.0.35 looks for it, and fails where flash-attn-4 alone is installed."""
+    files = {
+        "flash_attn/cute/__init__.py": "kernels = 4",
+        "xformers/__init__.py": "",
+        "xformers/ops/__init__.py": "import importlib.util\n"
+        "two = importlib.util.find_spec('flash_attn') is not None\n"
+        "if two:\n    import flash_attn.flash_attn_interface",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with none_imported("xformers", "flash_attn"):
+        assert peers._xformers("ops").two is False
+        assert importlib.import_module("flash_attn.cute").kernels == 4
+    (tmp_path / "flash_attn/flash_attn_interface.py").touch()
+    importlib.invalidate_caches()
+    with none_imported("xformers", "flash_attn"):
+        assert peers._xformers("ops").two is True
+
+
+@contextmanager
+def none_imported(*packages: str) -> Iterator[None]:
+    """As if no module of these had been imported before; nor afterwards."""
+
+    def taken_out() -> dict[str, ModuleType]:
+        names = [x for x in sys.modules if x.split(".")[0] in packages]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = taken_out()
+    try:
+        yield
+    finally:
+        taken_out()
+        sys.modules.update(before)
