@@ -129,7 +129,7 @@ def _row(
     sound = "ok", _uncaptured(prepared, phase) if clock == "kernels" else None
     values["status"], values["reason"] = prepared.refused.get(phase, sound)
     if series := prepared.series.get((phase, clock)):
-        values |= _figures(series, group.shared)
+        values |= figures(series, group.shared)
     return Row(
         run=group.run, time_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         method=prepared.method.name, params=parameters_text(prepared.method),
@@ -148,8 +148,8 @@ def _uncaptured(prepared: Prepared, phase: str) -> str | None:
     return reason
 
 
-def _figures(series: Series, shared: bool) -> dict:
-    """What the samples say."""
+def figures(series: Series, shared: bool) -> dict:
+    """What samples say, as fields of a row; rounds pair where a cell shared them."""
     values = {"discarded": series.discarded} | chip.summary(series.readings)
     if not series.samples:
         reason = f"all {series.discarded} samples were taken while the chip was slowed down"

@@ -1,9 +1,10 @@
 """How often `compare` sees a difference: of nothing, of 3 % and of 1 % of real extra work.
 
-`python -m tests.detection --device cuda --output FILE` samples a call, its twin, and the call with
-an extra kernel behind it, in interleaved rounds as a sweep does, and writes how many comparisons
-came out faster, slower, same or unclear. `paired` are two methods of one run; `apart` are runs one
-after the other, as two files are compared. On a CPU the extra work is a product of matrices.
+`python -m tests.detection --device cuda --output FILE` samples a call against its twin, and
+against the call with passes over a vector behind it, in interleaved rounds as a sweep does, makes
+the rows that a sweep would write, and asks of them what `compare` asks. It writes how many
+comparisons came out faster, slower, same or unclear: `paired` are two methods of one run, whose
+rounds are divided; `apart` are two runs, one right after the other, as two files are compared.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from pathlib import Path
 
 import torch
 
-from bench import timing
+from bench import chip, derived, timing
 from bench.backends import BACKENDS, forward_backward
+from bench.cells import figures
 from bench.compare import verdict
-from bench.derived import UNPAIRED
-from bench.record import ROOT, environment
+from bench.record import ROOT, Row, environment
 from bench.request import named_device
 from bench.sampling import sample_rounds
-from bench.stats import ratio_interval
 from methods import METHODS, Problem
+from tests.bench.rows import make_row
 
 ROUNDS, SECONDS = 30, 2.0
 Work = Callable[[], object]
@@ -76,19 +77,31 @@ def plant(device: torch.device, call: Work, share: float) -> timing.Sampler:
     return slow
 
 
-def comparisons(a: timing.Sampler, b: timing.Sampler, count: int) -> Iterator[tuple[dict, dict]]:
-    """Samples by round of both, interleaved."""
-    for seed in range(count):
-        taken = sample_rounds({"a": a, "b": b}, rounds=ROUNDS, seconds=SECONDS, seed=seed)
-        yield tuple(dict(taken[name].samples) for name in "ab")
+def comparisons(
+    a: timing.Sampler, b: timing.Sampler, count: int, read_chip: chip.Reader
+) -> Iterator[tuple[Row, Row]]:
+    """A row of both from each of so many runs."""
+    for number in range(count):
+        taken = sample_rounds(
+            {"a": a, "b": b}, rounds=ROUNDS, seconds=SECONDS, seed=number, read_chip=read_chip
+        )
+        yield tuple(
+            make_row(run=f"run {number}", method=name, **figures(taken[name], shared=True))
+            for name in "ab"
+        )
 
 
-def verdicts(pairs: list[tuple[dict, dict]]) -> dict[str, Counter]:
-    """Of a against b: paired, and b of the comparison after, without its rounds."""
-    paired = Counter(verdict(ratio_interval(a, b)) for a, b in pairs)
-    later = [{UNPAIRED + k: us for k, us in b.items()} for _, b in (*pairs[1:], pairs[0])]
-    apart = Counter(verdict(ratio_interval(a, b)) for (a, _), b in zip(pairs, later, strict=True))
-    return {"paired": paired, "apart": apart}
+def verdicts(pairs: list[tuple[Row, Row]]) -> dict[str, Counter]:
+    """Of b against a of the same run, and against that of the run before (the last one's: after).
+
+    Whether rounds pair is decided where `compare` decides it, by the names of the runs.
+    """
+    later = [b for _, b in (*pairs[1:], pairs[-2])]
+    apart = [(a, b) for (a, _), b in zip(pairs, later, strict=True)]
+    return {
+        mode: Counter(verdict(derived.compare(a, b)) for a, b in chosen)
+        for mode, chosen in (("paired", pairs), ("apart", apart))
+    }
 
 
 def main() -> None:
@@ -110,10 +123,10 @@ def main() -> None:
         for share in (0.0, 0.03, 0.01):
             b = plant(device, call, share) if share else samplers(device, call, None)
             count = arguments.comparisons * (1 if share else 2)
-            pairs = list(comparisons(a, b, count))
-            ratio = statistics.median(y[k] / x[k] for x, y in pairs for k in x)
+            pairs = list(comparisons(a, b, count, chip.reader(device)))
+            ratio = statistics.median(y.median_us / x.median_us for x, y in pairs)
             for mode, found in verdicts(pairs).items():
-                rounds = statistics.median(len(x) for x, _ in pairs)
+                rounds = statistics.median(len(x.samples) for x, _ in pairs)
                 row = (env.device, env.code, share, f"{ratio - 1:.5f}", rounds, mode, count)
                 row += tuple(found[x] for x in ("same", "unclear", "slower", "faster"))
                 writer.writerow(row)
