@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
 from bench import derived
 from bench.compare import sides
@@ -85,3 +86,25 @@ def test_a_line_says_how_many_of_which(tmp_path, monkeypatch):
     for x in lines:
         words = ("same", "unclear", "slower", "faster")
         assert sum(int(x[word]) for word in words) == int(x["comparisons"])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("share", [0.03, 0.01])
+def test_planted_work_is_what_was_asked_for(monkeypatch, kind, share):
+    """On a CPU whose calls swing by 20 % too."""
+    swing = [0.2 if kind == "cpu" else 0.0]
+    rounds = itertools.count()
+
+    def sampler(device, call, extra):
+        def us():
+            if call != "call":
+                return call
+            return 1e4 * (1 + swing[0] * math.sin(1.7 * next(rounds))) + (extra or 0.0)
+
+        return us
+
+    monkeypatch.setattr(detection, "samplers", sampler)
+    monkeypatch.setattr(detection, "work", lambda device, size: size / 1e3)
+    slow = detection.plant(torch.device(kind), "call", share)
+    swing[0] = 0.0
+    assert slow() / 1e4 - 1 == pytest.approx(share, rel=0.05)
