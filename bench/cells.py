@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench import chip, stats
-from bench.ceilings import Ceilings, beyond
+from bench.ceilings import Ceilings, Needed, beyond
+from bench.derived import FLOPS_PER_PAIR
 from bench.record import STEP, Environment, Row, code_hash
 from bench.sampling import Series
 from bench.specs import parameters_text, parse_method, source_file
@@ -64,6 +65,7 @@ class Prepared:
         kept: block lists and what else a captured graph reads by its address.
         refused: by phase, the status and the reason of what is not timed.
         uncaptured: by phase, why no graph could hold it, so that CUPTI timed it.
+        cold: by phase and clock of a device, bytes that a call must move, as `cold_bytes` has it.
     """
 
     cell: Cell
@@ -75,6 +77,8 @@ class Prepared:
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
     uncaptured: dict[str, str] = field(default_factory=dict)
     samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)
+    needed: Needed | None = None
+    cold: dict[tuple[str, str], float] = field(default_factory=dict)
     series: dict[tuple[str, str], Series] = field(default_factory=dict)
 
     def list_bytes(self) -> int:
@@ -108,9 +112,11 @@ def rows_of(
 def _refuse_the_impossible(p: Problem, prepared: Prepared, ceilings: Ceilings | None) -> None:
     """A cell that is faster than its chip can be has no number, in any phase."""
     for (phase, clock), series in prepared.series.items():
-        if ceilings is None or clock == "host" or not series.samples:
+        unbounded = clock == "host" or phase not in FLOPS_PER_PAIR
+        if ceilings is None or unbounded or not series.samples:
             continue
-        reason = beyond(ceilings, p, phase, prepared.facts["allowed_pairs"], series.median)
+        pairs, cold = prepared.facts["allowed_pairs"], prepared.cold[phase, clock]
+        reason = beyond(ceilings, p, phase, pairs, cold, series.median)
         if reason:
             prepared.refused |= {x: ("mismatch", reason) for x, _ in prepared.series}
             prepared.series.clear()

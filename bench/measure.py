@@ -24,8 +24,9 @@ from bench.backends import (
     forward_backward,
     phase_call,
 )
-from bench.ceilings import Ceilings
+from bench.ceilings import Ceilings, cold_bytes, needed_rows
 from bench.cells import Cell, Group, Prepared, failure_rows, rows_of
+from bench.derived import FLOPS_PER_PAIR
 from bench.failures import (
     CELL_ERRORS,
     no_tiles,
@@ -328,7 +329,20 @@ class Bench:
                 sampler, clock = timing.Span(calls[0], self.device), "kernels"
                 prepared.uncaptured[phase] = f"no graph: {one_line(error)}"
             prepared.samplers[phase, clock] = sampler
+            if phase in FLOPS_PER_PAIR:
+                sets = len(calls) if clock == "device" else 1
+                prepared.cold[phase, clock] = self._cold_bytes(prepared, phase, sets)
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
+
+    def _cold_bytes(self, prepared: Prepared, phase: str, sets: int) -> float:
+        """Of a call; calls go round so many sets of inputs."""
+        method, device = prepared.method, self.inputs[0][0].device
+        if prepared.needed is None:
+            prepared.needed = needed_rows(method, self.p, device, prepared.state)
+        return cold_bytes(
+            self.p, phase, prepared.needed, shared_qk=method.shared_qk,
+            l2_bytes=timing.l2_bytes(self.device), sets=sets,
+        )  # fmt: skip
 
     def sample(
         self, ready: Sequence[Prepared], read_chip: chip.Reader, announce: Callable[[Cell], None]
