@@ -1,4 +1,4 @@
-"""A sweep that is killed or loses its worker goes on; the committed table says so at length."""
+"""A sweep that is killed or loses its worker goes on; `make kills` says so at length."""
 
 import csv
 import sys
@@ -21,18 +21,6 @@ def test_random_kills(tmp_path, kinds):
     assert [x["kind"] for x in found] == kinds
     assert status == 0, found
     assert {x["rows"] for x in found} == {"12"}
-
-
-def test_the_committed_table_has_every_kind_and_no_failure():
-    found = read(kills.TABLE)
-    kinds = Counter(x["kind"] for x in found)
-    assert set(kinds) == set(kills.KINDS)
-    assert kinds["sweep_kill"] >= 20
-    assert kinds["worker_kill"] >= 20
-    for x in found:
-        skipped = x["note"].startswith("skipped")
-        assert skipped or (x["passed"], x["keys_equal"]) == ("True", "True"), x
-        assert (x["orphans"], x["lines_lost"]) == ("0", "0")
 
 
 def test_lines_of_incomplete_problems_may_go_and_others_may_not():

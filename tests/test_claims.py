@@ -1,0 +1,156 @@
+"""What the suite claims of its own numbers, held against the committed tables.
+
+A table that is made again and breaks its claim fails here.
+"""
+
+import csv
+from collections import Counter, defaultdict
+
+import pytest
+
+from bench.ceilings import Ceilings, Needed, beyond, cold_bytes
+from bench.derived import FLOPS_PER_PAIR
+from bench.record import ROOT, read_rows
+from methods import METHODS
+from tests.kills import KINDS
+
+RESULTS = ROOT / "results"
+H200 = RESULTS / "h200"
+
+
+def records(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def found(device, planted, mode):
+    """Verdicts on so much planted work, and how many comparisons they are."""
+    (line,) = (
+        x
+        for x in records(RESULTS / device / "detection.csv")
+        if (float(x["planted"]), x["mode"]) == (planted, mode)
+    )
+    words = ("same", "unclear", "slower", "faster")
+    verdicts = Counter({word: int(line[word]) for word in words})
+    assert verdicts.total() == int(line["comparisons"])
+    return verdicts, float(line["measured"])
+
+
+@pytest.mark.parametrize("device, mode", [("h200", "paired"), ("h200", "apart")])
+def test_a_call_against_its_twin_is_at_most_twice_of_200_told_apart(device, mode):
+    verdicts, measured = found(device, 0.0, mode)
+    assert verdicts.total() >= 200
+    assert 100 * (verdicts["slower"] + verdicts["faster"]) <= verdicts.total()
+    assert abs(measured) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["paired", "apart"])
+def test_3_percent_of_real_work_is_found_95_times_of_100(mode):
+    verdicts, measured = found("h200", 0.03, mode)
+    assert verdicts.total() >= 100
+    assert 100 * verdicts["slower"] >= 95 * verdicts.total()
+    assert 0.025 < measured < 0.035  # no more was planted than was said
+
+
+@pytest.mark.parametrize("mode", ["paired", "apart"])
+def test_the_rate_at_1_percent_is_of_1_percent(mode):
+    verdicts, measured = found("h200", 0.01, mode)
+    assert verdicts.total() >= 100 and verdicts["faster"] == 0
+    assert 0.005 < measured < 0.015
+
+
+def test_the_device_clock_agrees_with_two_others():
+    """Within 2 % from 200 us on, 5 % from 50 us on, at ten points across methods."""
+    points = records(H200 / "clocks.csv")
+    cells = {(x["method"], x["backend"], x["seq_len"]) for x in points}
+    assert len(cells) == len(points) >= 10
+    assert len({x["method"] for x in points}) >= 5
+    for x in points:
+        us = float(x["device_us"])
+        assert us >= 50, x
+        for other in ("cupti", "triton"):
+            apart = abs(us / float(x[f"{other}_us"]) - 1)
+            assert apart <= (0.02 if us >= 200 else 0.05), x
+            assert float(x[f"device_over_{other}"]) == pytest.approx(
+                us / float(x[f"{other}_us"]), abs=1e-3
+            )
+
+
+def medians(name):
+    """By the device's clock, of what is 50 us long or longer."""
+    rows = [row for row in read_rows(H200 / name) if row.clock == "device"]
+    cells = {
+        (row.problem, row.method, row.params, row.backend, row.phase): row.median_us
+        for row in rows
+        if row.status == "ok" and row.median_us >= 50
+    }
+    assert len({(row.run, row.host) for row in rows}) == 1
+    return cells
+
+
+def test_two_sweeps_agree_within_2_percent_in_95_of_100_cells():
+    cold, warm = medians("sweep_cold.csv"), medians("sweep_warm.csv")
+    both = cold.keys() & warm.keys()
+    # All but those that lie about the limit of 50 us.
+    assert len(both) >= 0.95 * max(len(cold), len(warm)) >= 100
+    near = sum(abs(cold[key] / warm[key] - 1) <= 0.02 for key in both)
+    assert near >= 0.95 * len(both)
+
+
+@pytest.mark.parametrize("name", ["sweep_cold", "sweep_warm"])
+def test_the_gate_takes_less_than_15_percent_of_a_sweep(name):
+    seconds = {x["spent_on"]: float(x["seconds"]) for x in records(H200 / f"{name}.time.csv")}
+    assert {"compile", "gate", "sample"} <= seconds.keys()
+    assert 0 < seconds["gate"] < 0.15 * sum(seconds.values())
+
+
+KILLS = [path for device in ("cpu", "h200") if (path := RESULTS / device / "kills.csv").exists()]
+
+
+@pytest.mark.parametrize("path", KILLS, ids=lambda path: path.parent.name)
+def test_whatever_was_killed_lost_nothing(path):
+    lines = records(path)
+    assert {x["kind"] for x in lines} == KINDS.keys()
+    done = [x for x in lines if not x["note"].startswith("skipped")]
+    for x in done:
+        assert (x["passed"], x["keys_equal"]) == ("True", "True"), x
+        assert (x["lines_lost"], x["orphans"]) == ("0", "0"), x
+    # A CPU has no assertions of its device; a GPU has everything.
+    missing = {"device_assert"} if path.parent.name == "cpu" else set()
+    assert {x["kind"] for x in done} == KINDS.keys() - missing
+
+
+def test_twenty_sweeps_and_twenty_workers_were_killed():
+    moments = defaultdict(list)
+    for x in records(RESULTS / "cpu" / "kills.csv"):
+        moments[x["kind"]].append(x["at_s"])
+    for kind in ("sweep_kill", "worker_kill"):
+        assert len(moments[kind]) >= 20
+        assert len(set(moments[kind])) >= 15  # two may be the same hundredth of a second
+
+
+def timed_by_the_device():
+    """Committed rows that a ceiling bounds."""
+    for path in sorted(H200.glob("*.csv")):
+        with path.open() as file:
+            if "copy_gb_s" not in file.readline():
+                continue
+        for row in read_rows(path):
+            bounded = row.clock in ("device", "kernels") and row.phase in FLOPS_PER_PAIR
+            if row.status == "ok" and bounded:
+                yield path, row
+
+
+def test_no_committed_time_is_beyond_the_chip():
+    """Even where every row of q, k and v counts, and nothing at all lies in the L2."""
+    checked = 0
+    for path, row in timed_by_the_device():
+        p, ceilings = row.problem, Ceilings(row.matmul_tflop_s, row.copy_gb_s)
+        needed = Needed(p.batch * p.q_heads * p.seq_len, p.batch * p.kv_heads * p.seq_len)
+        cold = cold_bytes(
+            p, row.phase, needed, shared_qk=METHODS[row.method].shared_qk, l2_bytes=0, sets=1
+        )
+        reason = beyond(ceilings, p, row.phase, row.allowed_pairs, cold, row.median_us)
+        assert reason is None, (path.name, p, row.method, row.backend, reason)
+        checked += 1
+    assert checked > 1000
