@@ -22,21 +22,24 @@ def proofs(results: Path) -> str:
         results: the folder that has h200/ and cpu/.
     """
     parts = (
-        _verdict_proofs, _clock_proofs, kill_proofs, matrix_proofs, fault_proofs, _sweep_proofs,
+        verdict_proofs, _clock_proofs, kill_proofs, matrix_proofs, fault_proofs, _sweep_proofs,
         repeat_proofs, serial_proofs, _cost_proofs, block_list_proofs,
     )  # fmt: skip
     found = [proof for part in parts for proof in part(results)]
     return "\n".join(markdown(("what", "measured", "made by"), found, numbers=()))
 
 
-def _verdict_proofs(results: Path) -> Iterator[Proof]:
-    for x in _records(results / "h200/detection.csv"):
-        planted, mode = float(x["planted"]), x["mode"]
-        extra = f"{float(x['measured']):.1%} of real extra work"
-        what = extra if planted else "a call against its twin"
-        rounds = "in the same rounds" if mode == "paired" else "in neighbouring rounds, unpaired"
-        found = ", ".join(f"{x[v]} {v}" for v in ("same", "unclear", "slower", "faster"))
-        yield f"verdicts of `compare`: {what}, {rounds}", found, "`make detection`"
+def verdict_proofs(results: Path) -> Iterator[Proof]:
+    """How often `compare` sees nothing, and work that was planted: of a GPU, then of a CPU."""
+    for folder, place in (("h200", ""), ("cpu", " (CPU)")):
+        for x in _records(results / folder / "detection.csv"):
+            planted, measured = float(x["planted"]), float(x["measured"])
+            extra = f"{planted:.0%} of real extra work (measured {measured:.1%})"
+            what = extra if planted else "a call against its twin"
+            apart = "in two runs, one right after the other"
+            rounds = "in the same rounds" if x["mode"] == "paired" else apart
+            found = ", ".join(f"{x[v]} {v}" for v in ("same", "unclear", "slower", "faster"))
+            yield f"verdicts of `compare`{place}: {what}, {rounds}", found, "`make detection`"
 
 
 def _clock_proofs(results: Path) -> Iterator[Proof]:

@@ -14,6 +14,7 @@ from bench.readme_proofs import (
     matrix_proofs,
     repeat_proofs,
     serial_proofs,
+    verdict_proofs,
 )
 from bench.record import Store
 from tests.bench.rows import make_row
@@ -87,6 +88,19 @@ def test_a_sweep_of_more_than_one_head_dim_is_no_proof(folder, timed):
         swept(folder, itertools.product(METHODS, (8, 16), LENGTHS), head_dim=dim)
     with pytest.raises(ValueError, match="has 16 cells, 8 of them measured"):
         list(serial_proofs(folder))
+
+
+def test_verdicts_of_a_gpu_and_of_a_cpu(folder):
+    head = "planted,measured,mode,same,unclear,slower,faster"
+    write(folder, "detection.csv", f"{head}\n0.0,0.00095,paired,199,1,0,0\n")
+    (folder / "cpu").mkdir()
+    write(folder, "../cpu/detection.csv", f"{head}\n0.03,0.0312,apart,0,60,39,1\n")
+    assert list(verdict_proofs(folder)) == [
+        ("verdicts of `compare`: a call against its twin, in the same rounds",
+         "199 same, 1 unclear, 0 slower, 0 faster", "`make detection`"),
+        ("verdicts of `compare` (CPU): 3% of real extra work (measured 3.1%), in two runs, one "
+         "right after the other", "0 same, 60 unclear, 39 slower, 1 faster", "`make detection`"),
+    ]  # fmt: skip
 
 
 def test_block_lists_are_held_against_those_of_torch_where_it_has_any(folder):
