@@ -36,7 +36,9 @@ def found(device, planted, mode):
     return verdicts, float(line["measured"])
 
 
-@pytest.mark.parametrize("device, mode", [("h200", "paired"), ("h200", "apart")])
+@pytest.mark.parametrize(
+    "device, mode", [("h200", "paired"), ("h200", "apart"), ("cpu", "paired")]
+)
 def test_a_call_against_its_twin_is_at_most_twice_of_200_told_apart(device, mode):
     verdicts, measured = found(device, 0.0, mode)
     assert verdicts.total() >= 200
