@@ -106,20 +106,20 @@ def test_the_gate_takes_less_than_15_percent_of_a_sweep(name):
     assert 0 < seconds["gate"] < 0.15 * sum(seconds.values())
 
 
-KILLS = [path for device in ("cpu", "h200") if (path := RESULTS / device / "kills.csv").exists()]
+# On a CPU all that ends a process or spoils a file; on a GPU what its own memory and kernels do.
+KILLS = {"cpu": KINDS.keys() - {"device_assert"},
+         "h200": {"device_assert", "oom_fwd", "oom_bwd", "hang"}}  # fmt: skip
+TABLES = [device for device in KILLS if (RESULTS / device / "kills.csv").exists()]
 
 
-@pytest.mark.parametrize("path", KILLS, ids=lambda path: path.parent.name)
-def test_whatever_was_killed_lost_nothing(path):
-    lines = records(path)
-    assert {x["kind"] for x in lines} == KINDS.keys()
+@pytest.mark.parametrize("device", TABLES)
+def test_whatever_was_killed_lost_nothing(device):
+    lines = records(RESULTS / device / "kills.csv")
     done = [x for x in lines if not x["note"].startswith("skipped")]
     for x in done:
         assert (x["passed"], x["keys_equal"]) == ("True", "True"), x
         assert (x["lines_lost"], x["orphans"]) == ("0", "0"), x
-    # A CPU has no assertions of its device; a GPU has everything.
-    missing = {"device_assert"} if path.parent.name == "cpu" else set()
-    assert {x["kind"] for x in done} == KINDS.keys() - missing
+    assert {x["kind"] for x in done} >= KILLS[device]
 
 
 def test_twenty_sweeps_and_twenty_workers_were_killed():
