@@ -83,3 +83,32 @@ def test_lines_are_written_and_a_wrong_one_is_an_exit_status(tmp_path, monkeypat
     assert [x["limit"] for x in lines] == ["", "shared memory", ""]
     assert lines[1]["reason"] == reason and lines[0]["device"] == "Chip X"
     assert set(LIMITS) >= {x["limit"] for x in lines} - {""}
+
+
+def test_a_resumed_matrix_keeps_what_was_right(tmp_path, monkeypatch):
+    path, asked = tmp_path / "x.csv", []
+    argv = ["matrix", "--device", "cpu", "--methods", "standard", "--head-dim", "64",
+            "--dtype", "float32", "--output", str(path)]  # fmt: skip
+    cell = {"method": "standard", "seq_len": 1024, "head_dim": 64, "dtype": "float32"}
+    right, wrong = (
+        make_row(phase=phase, **cell, **more)
+        for phase, more in (
+            ("fwd", {"error_budget": 0.5}), ("fwd_bwd", {"status": "crash", "reason": "SIGSEGV"})
+        )
+    )  # fmt: skip
+
+    def gated(jobs):
+        asked[:] = [module.key(job) for job in jobs]
+        yield from (row for row in (right, wrong) if key_of(row) in asked)
+
+    def key_of(row):
+        return [str(x) for x in module.line(row)[: len(module.KEY)]]
+
+    monkeypatch.setattr(module, "gated", gated)
+    monkeypatch.setattr(sys, "argv", argv)
+    assert main() == 1 and len(asked) == 4
+    before, left = path.read_text().splitlines()[:2], asked[1:]
+    monkeypatch.setattr(sys, "argv", [*argv, "--resume"])
+    assert main() == 1 and asked == left
+    assert path.read_text().splitlines()[:2] == before
+    assert len(path.read_text().splitlines()) == 3

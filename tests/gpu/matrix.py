@@ -2,7 +2,8 @@
 
 `python -m tests.gpu.matrix --output FILE` has the harness gate each of them at a round N and at a
 ragged one with grouped heads, the forward without gradients and forward + backward, and writes a
-line a cell. Exit status 1: a cell is neither right nor beyond the device by one of LIMITS.
+line a cell; with `--resume` after those that FILE has. Exit status 1: a cell is neither right nor
+beyond the device by one of LIMITS.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -36,6 +38,7 @@ COLUMNS = (
     "method", "seq_len", "q_heads", "kv_heads", "head_dim", "dtype", "causal", "phase", "status",
     "error_budget", "limit", "reason", "device", "torch", "code",
 )  # fmt: skip
+KEY = COLUMNS[: COLUMNS.index("status")]
 TIME_LIMIT = 300.0  # seconds of one cell
 
 # What is unsupported, by how its reason begins or what it has in it.
@@ -90,6 +93,8 @@ def gated(jobs: Sequence[Group]) -> Iterator[Row]:
 
     Many processes share the device, since nothing here is a time. One that dies is a `crash`.
     """
+    if not jobs:
+        return
     idle: SimpleQueue[Worker] = SimpleQueue()
 
     def measured(job: Group) -> Row:
@@ -141,6 +146,29 @@ def line(row: Row) -> list[object]:
     return [encode(found[x] if x in found else getattr(row, x)) for x in COLUMNS]
 
 
+def key(job: Group) -> list[str]:
+    """KEY of a cell, as it stands in a file."""
+    (cell,), (phase,) = job.cells, job.phases
+    values = asdict(job.problem) | {"method": cell.method, "phase": phase}
+    return [str(encode(values[x])) for x in KEY]
+
+
+def found_in(path: Path) -> list[list[str]]:
+    """The whole lines of a file that say nothing wrong; none where there is no file.
+
+    Raises:
+        ValueError: it is no table of this script.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        header, *lines = csv.reader(file)
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}")
+    right, beyond = COLUMNS.index("status"), COLUMNS.index("limit")
+    return [x for x in lines if len(x) == len(COLUMNS) and (x[right] == "ok" or x[beyond])]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "matrix.csv")
@@ -148,13 +176,17 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
+    parser.add_argument("--resume", action="store_true", help="keep the lines of FILE")
     given = parser.parse_args()
     device = str(named_device(given.device))
+    before = found_in(given.output) if given.resume else []
+    known = [x[: len(KEY)] for x in before]
     jobs = list(matrix(given.methods, given.dtype, given.head_dim, device=device))
+    jobs = [job for job in jobs if key(job) not in known]
     outcomes, wrong = Counter(), 0
     with given.output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerows([COLUMNS, *before])
         for row in gated(jobs):
             writer.writerow(line(row))
             file.flush()
