@@ -39,6 +39,7 @@ class Group:
     Attributes:
         rounds, seconds: when sampling ends, as `sample_rounds` has it.
         shared: whether the cells' samples are interleaved; False for one that runs alone.
+        cupti: whether CUPTI times what no graph can hold. It makes every later launch slower.
     """
 
     problem: Problem
@@ -51,6 +52,7 @@ class Group:
     seconds: float
     run: str
     shared: bool = True
+    cupti: bool = True
 
     def clocks(self, phase: str) -> tuple[str, ...]:
         on_host_alone = self.device == "cpu" or phase in ON_HOST
@@ -64,7 +66,7 @@ class Prepared:
     Attributes:
         kept: block lists and what else a captured graph reads by its address.
         refused: by phase, the status and the reason of what is not timed.
-        uncaptured: by phase, why no graph could hold it, so that CUPTI timed it.
+        uncaptured: by phase, why no graph could hold it: CUPTI timed it, or the host alone.
         cold: by phase and clock of a device, bytes that a call must move, as `cold_bytes` has it.
     """
 
@@ -132,7 +134,8 @@ def _row(
     values |= prepared.facts | (ceilings._asdict() if ceilings else {})
     if phase == "layout":
         values["peak_bytes"] = prepared.layout_bytes
-    sound = "ok", _uncaptured(prepared, phase) if clock == "kernels" else None
+    graphless = _uncaptured(prepared, phase) if clock != "host" else None
+    sound = "unsupported" if graphless and clock == "device" else "ok", graphless
     values["status"], values["reason"] = prepared.refused.get(phase, sound)
     if series := prepared.series.get((phase, clock)):
         values |= figures(series, group.shared)

@@ -320,19 +320,26 @@ class Bench:
         else:
             calls = [phase_call(attention, phase, x) for x in inputs]
         if self.device.type == "cuda":
-            try:
-                sampler, clock = timing.device_sampler(calls, self.device), "device"
-            except RuntimeError as error:
-                if out_of_memory(error):
-                    raise
-                raise_if_lost(self.device)
-                sampler, clock = timing.Span(calls[0], self.device), "kernels"
-                prepared.uncaptured[phase] = f"no graph: {one_line(error)}"
-            prepared.samplers[phase, clock] = sampler
-            if phase in FLOPS_PER_PAIR:
-                sets = len(calls) if clock == "device" else 1
-                prepared.cold[phase, clock] = self._cold_bytes(prepared, phase, sets)
+            self._add_device_sampler(prepared, phase, calls)
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
+
+    def _add_device_sampler(
+        self, prepared: Prepared, phase: str, calls: Sequence[timing.Call]
+    ) -> None:
+        sets = {"device": len(calls), "kernels": 1}  # of inputs, which a sampler goes round
+        try:
+            sampler, clock = timing.device_sampler(calls, self.device), "device"
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise_if_lost(self.device)
+            prepared.uncaptured[phase] = f"no graph: {one_line(error)}"
+            if not self.group.cupti:
+                return
+            sampler, clock = timing.Span(calls[0], self.device), "kernels"
+        prepared.samplers[phase, clock] = sampler
+        if phase in FLOPS_PER_PAIR:
+            prepared.cold[phase, clock] = self._cold_bytes(prepared, phase, sets[clock])
 
     def _cold_bytes(self, prepared: Prepared, phase: str, sets: int) -> float:
         """Of a call; calls go round so many sets of inputs."""

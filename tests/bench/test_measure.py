@@ -99,6 +99,30 @@ def test_what_no_graph_could_hold_says_why(span, slowed):
     why = "no graph: RuntimeError: it waits"
     assert found["kernels"].reason == (f"{why}; {SLOWED}" if slowed else why)
     assert (found["kernels"].status, found["host"].reason) == ("ok", None)
+    del prepared.series["fwd", "kernels"]
+    found = {row.clock: row for row in rows_of(group, ENVIRONMENT, prepared, None)}
+    assert (found["device"].status, found["device"].reason) == (
+        "unsupported", "no graph: RuntimeError: it waits"
+    )  # fmt: skip
+    assert (found["host"].status, found["host"].median_us) == ("ok", 5.0)
+
+
+@pytest.mark.parametrize(("cupti", "clocks"), [(True, ["kernels", "host"]), (False, ["host"])])
+def test_cupti_times_what_no_graph_can_hold_only_where_it_may(monkeypatch, cupti, clocks):
+    def waits(calls, device):
+        raise RuntimeError("it waits")
+
+    monkeypatch.setattr(measure.timing, "device_sampler", waits)
+    monkeypatch.setattr(measure.timing, "host_sampler", lambda call, device: call)
+    monkeypatch.setattr(measure, "raise_if_lost", lambda device: None)
+    prepared = Prepared(GROUP.cells[0], METHODS["standard"])
+    group, x = replace(GROUP, cupti=cupti), torch.ones(1)
+    bench = SimpleNamespace(
+        group=group, device=torch.device("cuda:0"), _inputs=lambda method: [(x, x, x, x)]
+    )
+    measure.Bench._add_samplers(bench, prepared, lambda q, k, v: (q, None), "fwd")
+    assert [clock for _, clock in prepared.samplers] == clocks
+    assert prepared.uncaptured == {"fwd": "no graph: RuntimeError: it waits"}
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from bench import steps
 from bench.chip import Reading
 from bench.models import MODELS, with_options
 from bench.record import STATUSES
 from bench.steps import World, _no_step, kept
 from bench.train_report import trainings
 from tests.bench.rows import make_row
+from tests.bench.training import job
 
 CPU = torch.device("cpu")
+CLOCKS = "device", "host"
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,27 @@ class Beside(World):
     ],
 )
 def test_attention_that_fails_on_one_rank_rules_out_the_step_on_all(own, other, status, reason):
-    rows = [make_row(median_us=9.0), make_row(status=own, reason="own reason")]
+    rows = [make_row(clock=clock, status=own, reason="own reason") for clock in CLOCKS]
     assert _no_step(rows, Beside(0, 2, other), CPU) == (status, reason)
 
 
-def test_a_step_is_measured_where_attention_is_right_and_can_be_captured():
-    rows = [make_row(median_us=9.0, clock="device"), make_row(median_us=9.0, clock="host")]
+def test_a_step_is_measured_where_attention_is_right_though_no_graph_can_hold_it():
+    rows = [make_row(median_us=9.0, clock=clock) for clock in CLOCKS]
     assert _no_step(rows, World(), CPU) is None
-    rows[0] = make_row(median_us=9.0, clock="kernels")
-    assert _no_step(rows, World(), CPU)[0] == "unsupported"
+    rows[0] = make_row(clock="device", status="unsupported", reason="no graph: it waits")
+    assert _no_step(rows, World(), CPU) is None
+
+
+def test_the_call_of_a_model_is_never_timed_by_cupti(monkeypatch):
+    asked = []
+
+    def measure_group(group, *rest):
+        asked.append(group)
+        return {group.cells[0]: []}
+
+    monkeypatch.setattr(steps, "measure_group", measure_group)
+    steps._call_rows(job("spattention"), None, lambda text: None)
+    assert [(x.phases, x.cupti) for x in asked] == [(("fwd_bwd",), False)]
 
 
 def test_a_step_counts_where_no_chip_was_slowed_down():
