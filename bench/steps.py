@@ -7,11 +7,11 @@ is forward, backward and AdamW, on new tokens every time.
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -29,17 +29,15 @@ from bench.record import STATUSES, STEP, Row, environment
 from bench.sampling import Series
 from bench.specs import parse_method
 from bench.step_attention import IDENTITY, step_attention
+from bench.step_kernels import kernel_split
 from methods import Method
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
 BYTES = 256  # tokens of a text
 RANK_APART = 1_000_003  # seeds of neighbouring ranks; a CPU takes 32 bits of a seed
-# In names of kernels: FlexAttention's by torch, and those of the libraries.
-ATTENTION = re.compile(r"flex_attention|flash|fmha|sdpa|attention|attn", re.IGNORECASE)
 GATE = "allowed_pairs", "computed_pairs", *ERRORS
 # Of the attention call by itself, whose speed-up bounds that of a step.
 CALL_ROUNDS, CALL_SECONDS = 10, 2.0
-PROFILED = 5  # steps in a row: after a rest a chip is faster than in the middle of a training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,10 +229,13 @@ class _Training:
             facts["losses"] = None
             return
         self.prepared.series[STEP, "host"] = kept(times, readings, self.world, device)
+        if self.world.size > 1:
+            return  # messages to the others run beside attention, and wait for them in kernels
         # The profiler makes later launches slower, so it comes last.
-        announce("the profiled step")
-        is_attention = self.prepared.method != IDENTITY
-        facts["attention_us"], facts["other_us"] = kernel_split(self.step, device, is_attention)
+        announce("the profiled steps")
+        facts["attention_us"], facts["other_us"] = kernel_split(
+            self.step, device, median(times), self.prepared.method != IDENTITY
+        )
 
 
 def kept(
@@ -343,40 +344,3 @@ def _mark(device: torch.device) -> torch.cuda.Event | float:
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
-
-
-def kernel_split(
-    step: Callable[[], None], device: torch.device, is_attention: bool
-) -> tuple[float | None, float | None]:
-    """Microseconds of a step in kernels of attention, and in others, by their names.
-
-    What runs at once counts once, as attention. None on a CPU, and where no kernel is named
-    for attention though there is some.
-    """
-    if device.type == "cpu":
-        return None, None
-
-    def steps() -> None:
-        for _ in range(PROFILED):
-            step()
-
-    timing.kernel_events(step, device)  # the profiler's own start
-    spans = [
-        (event.time_range.start, event.time_range.end, bool(ATTENTION.search(event.name)))
-        for event in timing.kernel_events(steps, device)
-        if not event.is_user_annotation
-    ]
-    attention = covered((start, end) for start, end, named in spans if named)
-    if is_attention and not attention:
-        return None, None
-    busy = covered((start, end) for start, end, _ in spans)
-    return attention / PROFILED, (busy - attention) / PROFILED
-
-
-def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total

@@ -8,10 +8,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
@@ -47,7 +45,9 @@ def test_a_row_holds_what_a_step_needs(monkeypatch):
     fine = Reading(1980, 500.0, 40, ())
     seen = iter([slow] + 100 * [fine])
     monkeypatch.setattr(steps.chip, "reader", lambda device: lambda: next(seen, fine))
-    monkeypatch.setattr(steps, "_call_rows", lambda *args: [make_row(allowed_pairs=8320)])
+    monkeypatch.setattr(
+        steps, "_call_rows", lambda *args: [make_row(clock="host", allowed_pairs=8320)]
+    )
     row = step_row(job())
     assert (row.phase, row.clock, row.world_size, row.model) == ("step", "host", 1, "tiny")
     assert (row.data, row.q_heads, row.batch, row.rounds) == ("random", 4, 2, None)
@@ -98,39 +98,6 @@ def test_tokens_of_a_text_are_its_bytes_and_differ_by_rank(tmp_path):
     assert not draw()[0].equal(ids)
     assert steps.tokens(job(text=text), World(), CPU)()[0].equal(ids)
     assert not steps.tokens(job(text=text), World(1, 2), CPU)()[0].equal(ids)
-
-
-def test_kernels_are_split_by_name_and_what_overlaps_counts_once(monkeypatch):
-    def event(name, start, end, annotation=False):
-        span = SimpleNamespace(start=start, end=end)
-        return SimpleNamespace(name=name, time_range=span, is_user_annotation=annotation)
-
-    of_a_step = [
-        event("## Call CompiledFxGraph ##", 0, 1000, True), event("gemm", 0, 10),
-        event("triton_tem_fused_flex_attention_0", 10, 30), event("ncclDevKernel", 25, 45),
-        event("pytorch_flash::flash_fwd_kernel", 50, 55),
-    ]  # fmt: skip
-    ran = []
-
-    def step():
-        for e in of_a_step:
-            start, end = (100 * len(ran) + x for x in (e.time_range.start, e.time_range.end))
-            events.append(event(e.name, start, end, e.is_user_annotation))
-        ran.append(None)
-
-    def kernel_events(call, device):
-        events.clear()
-        call()
-        return events
-
-    events = []
-    monkeypatch.setattr(steps.timing, "kernel_events", kernel_events)
-    cuda = torch.device("cuda:0")
-    assert steps.kernel_split(step, cuda, True) == (25, 25)
-    del of_a_step[2], of_a_step[-1]
-    assert steps.kernel_split(step, cuda, True) == (None, None)
-    assert steps.kernel_split(step, cuda, False) == (0, 30)
-    assert steps.kernel_split(step, CPU, True) == (None, None)
 
 
 def made(method="standard", us=100.0, **changes):

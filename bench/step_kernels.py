@@ -1,0 +1,69 @@
+"""What the device does in a step of training: kernels of attention and others, by their names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bench import timing
+
+# In names of kernels: FlexAttention's by torch, and those of the libraries.
+ATTENTION = re.compile(r"flex_attention|flash|fmha|sdpa|attention|attn", re.IGNORECASE)
+# After a rest a chip is faster for about half a second: such steps run, but do not count.
+WARM_US = 1e6
+COUNTED = 5  # steps after them
+
+
+def kernel_split(
+    step: Callable[[], None], device: torch.device, step_us: float, is_attention: bool
+) -> tuple[float | None, float | None]:
+    """Microseconds of a step in kernels of attention, and in others, by their names.
+
+    What runs at once counts once, as attention. None on a CPU, where CUPTI sees nothing, and
+    where no kernel is named for attention though there is some.
+
+    Args:
+        step_us: of a step in the middle of a training.
+    """
+    if device.type == "cpu":
+        return None, None
+    boundary = _boundary(device)
+    torch.cuda.synchronize(device)
+    names = {event.name for event in timing.kernel_events(boundary, device)}
+
+    def steps() -> None:
+        for _ in range(math.ceil(WARM_US / step_us)):
+            step()
+        boundary()
+        for _ in range(COUNTED):
+            step()
+
+    events = [x for x in timing.kernel_events(steps, device) if not x.is_user_annotation]
+    start = max((x.time_range.end for x in events if x.name in names), default=math.inf)
+    spans = [
+        (event.time_range.start, event.time_range.end, bool(ATTENTION.search(event.name)))
+        for event in events
+        if event.time_range.start >= start
+    ]
+    attention = covered((begin, end) for begin, end, named in spans if named)
+    if not spans or (is_attention and not attention):
+        return None, None
+    busy = covered((begin, end) for begin, end, _ in spans)
+    return attention / COUNTED, (busy - attention) / COUNTED
+
+
+def _boundary(device: torch.device) -> timing.Call:
+    """A call of one kernel that no model runs; it is found again by its name."""
+    return torch.zeros(1, dtype=torch.float64, device=device).erfinv_
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,80 @@
+"""A step's time by kernels, from a device that runs what the tests say."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import step_kernels, steps
+from bench.step_kernels import COUNTED, WARM_US, kernel_split
+from bench.steps import World
+from tests.bench.training import CPU, job
+
+CUDA = torch.device("cuda:0")
+STEP = (
+    ("## Call CompiledFxGraph ##", 0, 100), ("gemm", 0, 10),
+    ("triton_tem_fused_flex_attention_0", 10, 30), ("ncclDevKernel", 25, 45),
+    ("pytorch_flash::flash_fwd_kernel", 50, 55),
+)  # fmt: skip
+BOUNDARY = "vectorized_elementwise_kernel<erfinv, double>"
+
+
+class Device:
+    """Runs kernels one step after the other; the first steps after a rest are twice as fast."""
+
+    def __init__(self, monkeypatch, kernels=STEP, fast=0):
+        self.kernels, self.fast, self.now, self.steps, self.events = kernels, fast, 0.0, 0, []
+        monkeypatch.setattr(step_kernels.timing, "kernel_events", self.kernel_events)
+        monkeypatch.setattr(step_kernels, "_boundary", lambda device: self.boundary)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def kernel_events(self, call, device):
+        self.events, self.steps = [], 0
+        call()
+        return self.events
+
+    def step(self):
+        speed = 2 if self.steps < self.fast else 1
+        for name, *ends in self.kernels:
+            self.run(name, *(self.now + x / speed for x in ends))
+        self.now, self.steps = self.now + 100 / speed, self.steps + 1
+
+    def boundary(self):
+        self.run(BOUNDARY, self.now, self.now + 1)
+        self.now += 1
+
+    def run(self, name, start, end):
+        note = name.startswith("##")
+        span = SimpleNamespace(start=start, end=end)
+        self.events.append(SimpleNamespace(name=name, time_range=span, is_user_annotation=note))
+
+
+def test_kernels_are_split_by_name_and_what_overlaps_counts_once(monkeypatch):
+    assert kernel_split(Device(monkeypatch).step, CUDA, WARM_US, True) == (25, 25)
+    unnamed = Device(monkeypatch, [STEP[1], STEP[3]])
+    assert kernel_split(unnamed.step, CUDA, WARM_US, True) == (None, None)
+    assert kernel_split(unnamed.step, CUDA, WARM_US, False) == (0, 30)
+    assert kernel_split(unnamed.step, CPU, WARM_US, True) == (None, None)
+
+
+def test_steps_of_a_rested_chip_run_first_and_do_not_count(monkeypatch):
+    device = Device(monkeypatch, fast=7)
+    assert kernel_split(device.step, CUDA, WARM_US / 6.5, True) == (25, 25)
+    assert device.steps == 7 + COUNTED
+
+
+def test_a_profiler_that_sees_nothing_splits_nothing(monkeypatch):
+    device = Device(monkeypatch)
+    monkeypatch.setattr(step_kernels.timing, "kernel_events", lambda call, on: [])
+    assert kernel_split(device.step, CUDA, WARM_US, False) == (None, None)
+
+
+@pytest.mark.parametrize(("world", "split"), [(World(), (3.0, 4.0)), (World(0, 2), None)])
+def test_one_process_alone_is_split(monkeypatch, world, split):
+    """Of several, each would count what it waits for the others in kernels."""
+    monkeypatch.setattr(World, "_reduced", lambda self, values, device, by: list(values))
+    monkeypatch.setattr(steps, "_spread", lambda model, *rest: model)
+    monkeypatch.setattr(steps, "kernel_split", lambda *args: split)
+    row = steps.run_job(job("identity", "identity"), world, lambda text: None)[-1]
+    assert (row.status, row.world_size) == ("ok", world.size)
+    assert (row.attention_us, row.other_us) == (split or (None, None))
