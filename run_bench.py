@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from bench import figures, report, train_report
+from bench import figures, report
 from bench.backend_figures import draw_backends
 from bench.backends import BACKENDS
 from bench.compare import compare, sides
@@ -27,6 +27,8 @@ from bench.request import Sweep, named_device
 from bench.specs import parameters_text
 from bench.sweep import sweep
 from bench.train import Train, train
+from bench.train_figures import draw_training
+from bench.train_report import print_training
 from methods import METHODS
 
 KINDS = {"INT": "whole numbers", "FLOAT": "numbers", "PATH": "a path", "True": "True or False"}
@@ -165,9 +167,9 @@ def _plot(command: Plot, console: Console) -> int:
     rows = read_rows(command.csv)
     folder = command.output or _plots_of(command.csv.resolve())
     report.print_report(rows, console)
-    train_report.print_training(rows, console)
+    print_training(rows, console)
     drawn = figures.draw_all(rows, folder) + draw_backends(rows, folder)
-    drawn += train_report.draw_training(rows, folder)
+    drawn += draw_training(rows, folder)
     console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False)
     return 0
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import report, train_report
+from bench import report
 from bench.derived import BASELINE, Board, Cell, boards, in_order
 from bench.readme_proofs import faults, proofs
 from bench.readme_speeds import (
@@ -23,6 +23,8 @@ from bench.readme_speeds import (
 from bench.record import ROOT, Row, read_rows
 from bench.step_attention import IDENTITY
 from bench.tables import markdown
+from bench.train_report import title
+from bench.trainings import Training, tokens_per_s, trainings
 from methods import METHODS
 
 README = ROOT / "README.md"
@@ -170,7 +172,7 @@ def _ms(us: float) -> str:
 
 def _train(rows: list[Row]) -> str:
     """Tokens/s of training, and in brackets over the fastest dense step of the same column."""
-    found = train_report.trainings(rows)
+    found = trainings(rows)
     found.sort(key=lambda x: (x.head.world_size, x.head.data != "random", x.head.seq_len))
     heads = [_training_head(training.head) for training in found]
     if len(set(heads)) < len(heads):
@@ -182,7 +184,7 @@ def _train(rows: list[Row]) -> str:
     for cell, label in zip(cells, report.labels(cells), strict=True):
         texts = (_training_cell(training, cell) for training in found)
         lines.append((f"`{label}`", cell.backend, *texts))
-    titles = dict.fromkeys(train_report.title(x.head, length=False) for x in found)
+    titles = dict.fromkeys(title(x.head, length=False) for x in found)
     caption = (
         f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend. "
         f"`{IDENTITY.name}` is q + k + v in place of attention."
@@ -197,9 +199,9 @@ def _training_head(row: Row) -> str:
     return ", ".join(filter(None, (f"N = {row.seq_len}", processes, text)))
 
 
-def _training_cell(training: train_report.Training, cell: Cell) -> str:
+def _training_cell(training: Training, cell: Cell) -> str:
     row = training.rows.get(cell)
-    rate = row and train_report.tokens_per_s(row)
+    rate = row and tokens_per_s(row)
     if not rate:
         return row.status if row else report.NOTHING
     gain = training.speedup(cell)

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import train_report
 from bench.ahead import side_by_side
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group, rows_of
@@ -26,6 +25,8 @@ from bench.request import check_run_name, destination, named_device
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
 from bench.steps import Job, compile_first, method_of, read_text, unfinished
+from bench.train_figures import draw_training
+from bench.train_report import one_line, print_training
 from bench.worker import SPAWN, set_up
 from methods import METHODS, Problem
 
@@ -101,8 +102,8 @@ def train(request: Train, console: Console) -> int:
     _introduce(jobs[0], ranks, console)
     with Store(path) as store:
         rows = _Run(jobs, request, ranks, store, console).measure()
-    train_report.print_training(rows, console)
-    drawn = train_report.draw_training(rows, plots)
+    print_training(rows, console)
+    drawn = draw_training(rows, plots)
     console.print(f"rows: {path}\nfigures: {plots} ({len(drawn)} files)", highlight=False)
     if ranks.store is not None:
         ranks.store.set("written", "")
@@ -315,7 +316,7 @@ class _Run:
         return any(all(getattr(row, k) == v for k, v in wanted.items()) for row in rows)
 
     def _say(self, row: Row) -> None:
-        told = train_report.one_line(row)
+        told = one_line(row)
         self.console.print(
             f"N {row.seq_len}  {row.method}  {row.backend}: {told}", highlight=False
         )

@@ -10,7 +10,7 @@ from bench.chip import Reading
 from bench.models import MODELS, with_options
 from bench.record import STATUSES
 from bench.steps import World, _no_step, kept
-from bench.train_report import trainings
+from bench.trainings import trainings
 from tests.bench.rows import make_row
 from tests.bench.training import job
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from rich.console import Console
 
 import run_bench
-from bench import steps, train, train_report
+from bench import steps, train
 from bench.backends import BACKENDS
 from bench.chip import Reading
 from bench.compare import sides
@@ -23,7 +22,17 @@ from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import ROOT, Store, read_rows
 from bench.steps import World, run_job
 from tests.bench.rows import make_row
-from tests.bench.training import CPU, LLAMA, built, config_file, job, losses, some_ids, step_row
+from tests.bench.training import (
+    CPU,
+    LLAMA,
+    built,
+    config_file,
+    job,
+    losses,
+    made,
+    some_ids,
+    step_row,
+)
 
 pytestmark = pytest.mark.usefixtures("short_calls")
 
@@ -98,67 +107,6 @@ def test_tokens_of_a_text_are_its_bytes_and_differ_by_rank(tmp_path):
     assert not draw()[0].equal(ids)
     assert steps.tokens(job(text=text), World(), CPU)()[0].equal(ids)
     assert not steps.tokens(job(text=text), World(1, 2), CPU)()[0].equal(ids)
-
-
-def made(method="standard", us=100.0, **changes):
-    return make_row(
-        **{
-            "method": method, "phase": "step", "clock": "host", "median_us": us, "batch": 4,
-            "seq_len": 1024, "model": "m", "world_size": 1, "data": "random",
-        } | changes
-    )  # fmt: skip
-
-
-def test_what_cannot_be_right_or_is_not_known_well_is_said(capsys):
-    def said(*rows):
-        train_report.print_training(rows, Console(width=200))
-        return [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-
-    dense, bare = made(backend="flex"), made("identity", 120.0, backend="identity")
-    assert said(dense, made("identity", 60.0, backend="identity")) == []
-    (line,) = said(dense, bare)
-    assert "zero cost was slower" in line and "take more --steps" in line
-    (line,) = said(replace(dense, ci_high_us=150.0))
-    assert line.startswith("warning: 1 medians are known to worse than 5%")
-
-
-def test_rates_speed_ups_and_ceilings_follow_from_the_rows():
-    call = {"batch": 4, "seq_len": 1024}
-    rows = [
-        made(backend="flex", us=200.0), made(backend="sdpa-cudnn", attention_us=40.0, other_us=50),
-        made("spattention", 80.0), made("identity", 50.0, backend="identity"),
-        make_row(method="standard", backend="sdpa-cudnn", median_us=12.0, **call),
-        make_row(method="spattention", median_us=3.0, **call),
-        make_row(method="spattention", median_us=99.0, clock="host", **call),
-    ]  # fmt: skip
-    (training,) = train_report.trainings(rows)
-    assert [cell.method for cell in training.cells][-1] == "identity"
-    assert training.dense.backend == "sdpa-cudnn"
-    cell = cell_of(rows[2])
-    assert training.speedup(cell).y == pytest.approx(1.25)
-    assert training.zero_cost() == 2
-    assert training.amdahl(cell) == pytest.approx(100 / (60 + 40 / 4))
-    assert train_report.missed(rows[1]) == pytest.approx(0.1)
-    rate = train_report.tokens_per_s(rows[2])
-    assert rate.y == pytest.approx(4 * 1024 / 80e-6)
-    assert rate.low == pytest.approx(rate.y / 1.01) and rate.high == pytest.approx(rate.y / 0.99)
-
-
-def cell_of(row):
-    return train_report.Cell(row.method, row.params, row.backend)
-
-
-def test_scaling_and_utilisation():
-    one, two = made(us=100.0), made(us=125.0, world_size=2)
-    assert train_report.tokens_per_s(two).y == pytest.approx(2 * 4096 / 125e-6)
-    assert train_report.scaling(two, [one, two]) == pytest.approx(0.8)
-    assert train_report.scaling(two, [two, made(model="other")]) is None
-    assert train_report.scaling(one, [one, two]) is None
-    row = made(us=1e6, model_flops=4e14, matmul_tflop_s=800.0)
-    assert train_report.utilisation(row) == pytest.approx(0.5)
-    assert train_report.utilisation(replace(row, matmul_tflop_s=None)) is None
-    failed = made(us=None, status="oom")
-    assert train_report.tokens_per_s(failed) is None and train_report.scaling(failed, []) is None
 
 
 def test_steps_of_two_models_are_compared_apart(tmp_path):
@@ -301,12 +249,3 @@ def test_two_processes_train_together_and_one_that_dies_is_a_row(tmp_path):
     assert all(math.isfinite(loss) for loss in losses(standard))
     assert (fatal.method, fatal.status, fatal.world_size) == ("fatal", "crash", 2)
     assert "rank 1: the process was ended by SIGKILL" in fatal.reason
-
-
-def test_a_legend_names_parameters_only_where_it_must():
-    window = [made("sliding_window", params=f"window={n}") for n in (4, 8)]
-    (training,) = train_report.trainings([made(), window[0]])
-    assert list(train_report._methods([training]).values()) == ["standard", "sliding_window"]
-    (training,) = train_report.trainings([made(), *window])
-    names = list(train_report._methods([training]).values())
-    assert names[1:] == ["sliding_window:window=4", "sliding_window:window=8"]

@@ -10,6 +10,7 @@ from bench.models import Model, build
 from bench.step_attention import IDENTITY, step_attention
 from bench.steps import Job, World, run_job
 from methods import METHODS, Problem
+from tests.bench.rows import make_row
 
 CPU = torch.device("cpu")
 TINY = Model("tiny", layers=2, heads=4, kv_heads=4, hidden=64, head_dim=16, vocabulary=256)
@@ -64,3 +65,13 @@ def built(model, method="standard", backend="blockwise", compiled=False):
 def some_ids(seed=0):
     drawn = torch.randint(256, (2, 65), generator=torch.Generator().manual_seed(seed))
     return drawn[:, :-1], drawn[:, 1:]
+
+
+def made(method="standard", us=100.0, **changes):
+    """A row of a step with made-up figures."""
+    return make_row(
+        **{
+            "method": method, "phase": "step", "clock": "host", "median_us": us, "batch": 4,
+            "seq_len": 1024, "model": "m", "world_size": 1, "data": "random",
+        } | changes
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from bench.cells import Cell, Group
 from bench.models import MODELS, Model
 from bench.steps import Job, World, run_job
-from bench.train_report import SPLIT, missed
+from bench.trainings import SPLIT, missed
 from methods import Problem
 
 pytestmark = [

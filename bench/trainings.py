@@ -1,0 +1,128 @@
+"""What rows of training say: rates, speed-ups beside their two ceilings; none of it is stored.
+
+The ceilings of a speed-up over the fastest dense step. Zero cost: the dense step over the step of
+the same model with q + k + v in place of attention. Amdahl: T / (T - A + A / s), with T the dense
+step, A its time in kernels of attention, and s the speed-up of the attention call by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from bench.derived import BASELINE, PROBLEM, Cell, boards, compare, in_order
+from bench.figures import Value
+from bench.record import STEP, Row
+from bench.step_attention import IDENTITY
+
+SPLIT = 0.03  # share of a step by which its two parts may miss it without a word
+
+
+class Training:
+    """Steps of one model at one length, and the attention calls that they made.
+
+    Whatever a row lacks, or is not `ok` for, comes out as None.
+
+    Attributes:
+        head: any row of a step.
+        cells: by METHOD_ORDER, the identity last.
+    """
+
+    def __init__(self, steps: Sequence[Row], calls: dict[Cell, float]) -> None:
+        self.head, self.calls = steps[0], calls
+        self.rows = {_cell(row): row for row in steps}
+        order = in_order(row.method for row in steps if row.method != IDENTITY.name)
+        order.append(IDENTITY.name)
+        self.cells = sorted(self.rows, key=lambda cell: order.index(cell.method))
+
+    def us(self, cell: Cell | None) -> float | None:
+        row = self.rows.get(cell)
+        return row.median_us if row is not None and row.status == "ok" else None
+
+    def best(self, method: str, params: str | None) -> Cell | None:
+        """The fastest backend of a method."""
+        own = [c for c in self.cells if c[:2] == (method, params) and self.us(c)]
+        return min(own, key=self.us, default=None)
+
+    @cached_property
+    def dense(self) -> Cell | None:
+        return self.best(BASELINE, None)
+
+    def speedup(self, cell: Cell, over: Cell | None = None) -> Value | None:
+        """Over the fastest dense step, or over another."""
+        over = over or self.dense
+        if not (self.us(over) and self.us(cell)):
+            return None
+        ratio = self.us(over) / self.us(cell)
+        if not (self.rows[over].samples and self.rows[cell].samples):
+            return Value(ratio)
+        interval = compare(self.rows[over], self.rows[cell])
+        return Value(ratio, interval.low, interval.high)
+
+    def zero_cost(self) -> float | None:
+        dense, bare = self.us(self.dense), self.us(self.best(IDENTITY.name, None))
+        return dense / bare if dense and bare else None
+
+    def amdahl(self, cell: Cell) -> float | None:
+        step, calls = self.us(self.dense), [self.calls.get(c) for c in (self.dense, cell)]
+        share = step and self.rows[self.dense].attention_us
+        if not share or not all(calls):
+            return None
+        return step / (step - share + share * calls[1] / calls[0])
+
+
+def trainings(rows: Iterable[Row]) -> list[Training]:
+    """One for each model, number of processes and problem, in order of appearance."""
+    rows = list(rows)
+    grouped: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.phase == STEP:
+            grouped.setdefault(_setting(row), []).append(row)
+    calls: dict[tuple, dict[Cell, float]] = {}
+    for board in reversed(boards(rows)):  # the device's clock comes first and counts
+        timed = {cell: us for cell in board.cells if (us := board.us(cell, "fwd_bwd"))}
+        key = tuple(getattr(board.head, name) for name in PROBLEM)
+        calls.setdefault(key, {}).update(timed)
+    return [Training(steps, calls.get(key[: len(PROBLEM)], {})) for key, steps in grouped.items()]
+
+
+def tokens_per_s(row: Row) -> Value | None:
+    """Over all processes, with the ends of the 99 % interval."""
+    if row.status != "ok" or not row.median_us:
+        return None
+    tokens = row.world_size * row.batch * row.seq_len * 1e6
+    return Value(*(us and tokens / us for us in (row.median_us, row.ci_high_us, row.ci_low_us)))
+
+
+def utilisation(row: Row) -> float | None:
+    """Model FLOPs over what a large matrix product reaches on the same chip in that time."""
+    if row.status != "ok" or not (row.median_us and row.model_flops and row.matmul_tflop_s):
+        return None
+    return row.model_flops / row.median_us * 1e-6 / row.matmul_tflop_s
+
+
+def scaling(row: Row, rows: Iterable[Row]) -> float | None:
+    """Tokens/s over those of one process of the same cell times the number of processes."""
+    if row.world_size == 1 or not (own := tokens_per_s(row)):
+        return None
+    for other in rows:
+        if other.world_size == 1 and _cell(other) == _cell(row):
+            same = _setting(other)[:-1] == _setting(row)[:-1]
+            if same and (single := tokens_per_s(other)):
+                return own.y / (row.world_size * single.y)
+    return None
+
+
+def missed(row: Row) -> float | None:
+    """Share of the step that its two parts do not add up to; negative where they exceed it."""
+    if row.attention_us is None or not row.median_us:
+        return None
+    return 1 - (row.attention_us + row.other_us) / row.median_us
+
+
+def _cell(row: Row) -> Cell:
+    return Cell(row.method, row.params, row.backend)
+
+
+def _setting(row: Row) -> tuple:
+    return (*(getattr(row, name) for name in PROBLEM), row.model, row.data, row.world_size)
