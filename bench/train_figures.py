@@ -70,7 +70,7 @@ def _speedups(found: Sequence[Training], looks: dict[str, Style]) -> Figure:
         look = looks[Cell(method, params, "").label]
         best = [training.best(method, params) for training in found]
         values = [c and t.speedup(c) for t, c in zip(found, best, strict=True)]
-        bounds = [c and t.amdahl(c) for t, c in zip(found, best, strict=True)]
+        bounds = [x and x.y for x in (c and t.amdahl(c) for t, c in zip(found, best, strict=True))]
         draw_series(axes, across, values, look, name)
         axes.plot(across, [x or np.nan for x in bounds], "--", color=look.colour, lw=1)
         drawn += [value.y for value in values if value] + [x for x in bounds if x]

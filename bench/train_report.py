@@ -17,6 +17,7 @@ from bench.step_attention import IDENTITY
 from bench.trainings import (
     SPLIT,
     Training,
+    attention_share,
     missed,
     scaling,
     tokens_per_s,
@@ -35,7 +36,8 @@ LEGEND = (
     "± the farther end of the 99 % interval. x: speed-up of the step over `standard` on its "
     "fastest backend, and on the same one. Amdahl: what the speed-up of the attention call by "
     "itself allows; zero cost: what attention that costs nothing would give. % of matmul: of the "
-    "rate of a large matrix product on this chip. attention: its share of the step, by kernel. "
+    "rate of a large matrix product on this chip. attention: its share of the step's kernels, by "
+    "their names, so that what varlen copies to pack its sequences counts as the rest. "
     "loss: of the last timed step. scaling: tokens/s over those of one process times processes."
 )
 
@@ -60,6 +62,7 @@ def print_training(rows: Sequence[Row], console: Console) -> None:
             elif abs(missed(row) or 0) > SPLIT:
                 console.print(f"{cell.label}, {cell.backend}: attention and the other kernels "
                               f"leave {missed(row):.1%} of the step")  # fmt: skip
+        _print_missing(training, console)
         _print_warnings(training, console)
     if found:
         console.print(LEGEND, style="dim")
@@ -74,6 +77,29 @@ def _print_warnings(training: Training, console: Console) -> None:
         console.print(f"warning: {wide} medians are known to worse than {WIDE:.0%}: {remedy}.")
     if (training.zero_cost() or 1) < 1 / LIMIT:
         console.print(f"warning: attention of zero cost was slower than {BASELINE}'s: {remedy}.")
+    for cell in training.cells:
+        gain, bound = training.speedup(cell), training.amdahl(cell)
+        if gain and bound and (gain.low or gain.y) > (bound.high or bound.y):
+            console.print(
+                f"warning: {cell.label}, {cell.backend}: the step's {gain.y:.2f}x is above "
+                f"Amdahl's {bound.y:.2f}x by more than the intervals: the call or the split was "
+                f"taken at other clocks of the chip, or attention inside the model is faster than "
+                f"its call; {remedy}."
+            )
+
+
+def _print_missing(training: Training, console: Console) -> None:
+    """Why cells have no figure by Amdahl's law, where a device was timed at all."""
+    reasons: dict[str, list[str]] = {}
+    for cell in training.cells if training.calls else ():
+        if (
+            training.us(cell)
+            and cell.method != IDENTITY.name
+            and (why := training.no_amdahl(cell))
+        ):
+            reasons.setdefault(why, []).append(f"{cell.label} on {cell.backend}")
+    for why, cells in reasons.items():
+        console.print(f"no Amdahl figure of {', '.join(cells)}: {why}")
 
 
 def _half_width(rate: Value) -> float:
@@ -100,15 +126,15 @@ def _line(training: Training, cell: Cell, rows: Sequence[Row]) -> list[str]:
         return [cell.label, cell.backend, row.status, *[NOTHING] * (len(TABLE) - 3)]
     real = cell.method != IDENTITY.name
     same = cell._replace(method=BASELINE, params=None)
-    share = row.attention_us and row.attention_us / row.median_us
+    bound = training.amdahl(cell) if real else None
     return [
         cell.label, cell.backend, f"{rate.y:,.0f}", f"{_half_width(rate):.1%}",
         f"{row.median_us / 1000:.4g} ms",
         _number(training.speedup(cell) and training.speedup(cell).y),
-        _number(training.amdahl(cell) if real else None),
+        _number(bound and bound.y),
         _number(training.zero_cost() if real else None),
         _number(training.us(same) and training.speedup(cell, same).y),
-        _number(utilisation(row), ".1%"), _number(share, ".1%"),
+        _number(utilisation(row), ".1%"), _number(attention_share(row), ".1%"),
         _number(row.peak_bytes and row.peak_bytes / 2**30, ".1f", " GiB"),
         _loss(row), _number(scaling(row, rows), ".1%"),
     ]  # fmt: skip

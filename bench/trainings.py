@@ -1,8 +1,9 @@
 """What rows of training say: rates, speed-ups beside their two ceilings; none of it is stored.
 
 The ceilings of a speed-up over the fastest dense step. Zero cost: the dense step over the step of
-the same model with q + k + v in place of attention. Amdahl: T / (T - A + A / s), with T the dense
-step, A its time in kernels of attention, and s the speed-up of the attention call by itself.
+the same model with q + k + v in place of attention. Amdahl: 1 / (1 - a + a / s), with a the share
+that attention has of the dense step's time in kernels, and s the speed-up of the attention call by
+itself, by the device clock.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from bench.derived import BASELINE, PROBLEM, Cell, boards, compare, in_order
+from bench.derived import BASELINE, PROBLEM, Cell, compare, in_order, problem_of
 from bench.figures import Value
 from bench.record import STEP, Row
 from bench.step_attention import IDENTITY
@@ -25,10 +26,11 @@ class Training:
 
     Attributes:
         head: any row of a step.
+        calls: rows of attention calls by the device clock, forward + backward.
         cells: by METHOD_ORDER, the identity last.
     """
 
-    def __init__(self, steps: Sequence[Row], calls: dict[Cell, float]) -> None:
+    def __init__(self, steps: Sequence[Row], calls: dict[Cell, Row]) -> None:
         self.head, self.calls = steps[0], calls
         self.rows = {_cell(row): row for row in steps}
         order = in_order(row.method for row in steps if row.method != IDENTITY.name)
@@ -53,22 +55,30 @@ class Training:
         over = over or self.dense
         if not (self.us(over) and self.us(cell)):
             return None
-        ratio = self.us(over) / self.us(cell)
-        if not (self.rows[over].samples and self.rows[cell].samples):
-            return Value(ratio)
-        interval = compare(self.rows[over], self.rows[cell])
-        return Value(ratio, interval.low, interval.high)
+        return _ratio(self.rows[over], self.rows[cell])
 
     def zero_cost(self) -> float | None:
         dense, bare = self.us(self.dense), self.us(self.best(IDENTITY.name, None))
         return dense / bare if dense and bare else None
 
-    def amdahl(self, cell: Cell) -> float | None:
-        step, calls = self.us(self.dense), [self.calls.get(c) for c in (self.dense, cell)]
-        share = step and self.rows[self.dense].attention_us
-        if not share or not all(calls):
+    def amdahl(self, cell: Cell) -> Value | None:
+        if self.no_amdahl(cell):
             return None
-        return step / (step - share + share * calls[1] / calls[0])
+        share = attention_share(self.rows[self.dense])
+        call = _ratio(self.calls[self.dense], self.calls[cell])
+        return Value(*(gain and 1 / (1 - share + share / gain) for gain in call))
+
+    def no_amdahl(self, cell: Cell) -> str | None:
+        """Why a cell has no figure by Amdahl's law, or None."""
+        if self.head.world_size > 1:
+            return "with several processes, what they send each other runs beside attention"
+        if self.dense is None or not attention_share(self.rows[self.dense]):
+            return "no dense step was split by kernel"
+        for call in (self.calls.get(self.dense), self.calls.get(cell)):
+            if call is None or not call.median_us:
+                told = call.reason if call is not None and call.reason else "not measured"
+                return f"no device time of the attention call ({told})"
+        return None
 
 
 def trainings(rows: Iterable[Row]) -> list[Training]:
@@ -78,12 +88,17 @@ def trainings(rows: Iterable[Row]) -> list[Training]:
     for row in rows:
         if row.phase == STEP:
             grouped.setdefault(_setting(row), []).append(row)
-    calls: dict[tuple, dict[Cell, float]] = {}
-    for board in reversed(boards(rows)):  # the device's clock comes first and counts
-        timed = {cell: us for cell in board.cells if (us := board.us(cell, "fwd_bwd"))}
-        key = tuple(getattr(board.head, name) for name in PROBLEM)
-        calls.setdefault(key, {}).update(timed)
+    calls: dict[tuple, dict[Cell, Row]] = {}
+    for row in rows:
+        if (row.phase, row.clock) == ("fwd_bwd", "device"):
+            calls.setdefault(problem_of(row), {})[_cell(row)] = row
     return [Training(steps, calls.get(key[: len(PROBLEM)], {})) for key, steps in grouped.items()]
+
+
+def attention_share(row: Row) -> float | None:
+    """Of the step's time in kernels."""
+    busy = (row.attention_us or 0) + (row.other_us or 0)
+    return row.attention_us / busy if row.world_size == 1 and busy else None
 
 
 def tokens_per_s(row: Row) -> Value | None:
@@ -120,9 +135,18 @@ def missed(row: Row) -> float | None:
     return 1 - (row.attention_us + row.other_us) / row.median_us
 
 
+def _ratio(over: Row, under: Row) -> Value:
+    """One median over the other, with its interval where both have samples."""
+    ratio = over.median_us / under.median_us
+    if not (over.samples and under.samples):
+        return Value(ratio)
+    interval = compare(over, under)
+    return Value(ratio, interval.low, interval.high)
+
+
 def _cell(row: Row) -> Cell:
     return Cell(row.method, row.params, row.backend)
 
 
 def _setting(row: Row) -> tuple:
-    return (*(getattr(row, name) for name in PROBLEM), row.model, row.data, row.world_size)
+    return (*problem_of(row), row.model, row.data, row.world_size)

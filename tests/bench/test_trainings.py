@@ -8,7 +8,14 @@ from rich.console import Console
 from bench.derived import Cell
 from bench.train_figures import _methods
 from bench.train_report import print_training
-from bench.trainings import missed, scaling, tokens_per_s, trainings, utilisation
+from bench.trainings import (
+    attention_share,
+    missed,
+    scaling,
+    tokens_per_s,
+    trainings,
+    utilisation,
+)
 from tests.bench.rows import make_row
 from tests.bench.training import made
 
@@ -41,11 +48,71 @@ def test_rates_speed_ups_and_ceilings_follow_from_the_rows():
     cell = cell_of(rows[2])
     assert training.speedup(cell).y == pytest.approx(1.25)
     assert training.zero_cost() == 2
-    assert training.amdahl(cell) == pytest.approx(100 / (60 + 40 / 4))
+    assert training.amdahl(cell).y == pytest.approx(1 / (1 - 4 / 9 + 4 / 9 / 4))
     assert missed(rows[1]) == pytest.approx(0.1)
     rate = tokens_per_s(rows[2])
     assert rate.y == pytest.approx(4 * 1024 / 80e-6)
     assert rate.low == pytest.approx(rate.y / 1.01) and rate.high == pytest.approx(rate.y / 0.99)
+
+
+def spread(us):
+    """Thirteen samples within half a percent of a median."""
+    return ";".join(str(us * (1 + k / 1200)) for k in range(-6, 7))
+
+
+def split(method, backend, us, **changes):
+    """A step of which attention takes 40 of 100."""
+    return made(method, us, backend=backend, samples_us=spread(us), attention_us=0.4 * us,
+                other_us=0.6 * us, **changes)  # fmt: skip
+
+
+def device_call(method, backend, us, **changes):
+    return make_row(method=method, backend=backend, median_us=us, batch=4, seq_len=1024,
+                    samples_us=us and spread(us), **changes)  # fmt: skip
+
+
+def printed(rows, capsys):
+    print_training(rows, Console(width=400))
+    return capsys.readouterr().out
+
+
+def test_a_step_above_its_amdahl_figure_is_said(capsys):
+    dense = [split("standard", "flex", 100.0), device_call("standard", "flex", 12.0)]
+    call = device_call("spattention", "flex", 3.0)
+    (training,) = trainings([*dense, call, split("spattention", "flex", 72.0)])
+    bound = training.amdahl(cell_of(call))
+    assert bound.y == pytest.approx(1 / 0.7) and bound.low < bound.y < bound.high
+    for us, above in ((72.0, False), (70.0, False), (60.0, True)):
+        out = printed([*dense, call, split("spattention", "flex", us)], capsys)
+        assert ("spattention, flex: the step's" in out) == above
+    assert "1.67x is above Amdahl's 1.43x" in out
+
+
+def test_a_cell_without_an_amdahl_figure_says_why(capsys):
+    dense = [split("standard", "flex", 100.0), device_call("standard", "flex", 12.0)]
+    eager = [
+        split("spattention", "eager", 300.0),
+        device_call("spattention", "eager", None, status="unsupported", reason="no graph: waits"),
+        device_call("spattention", "eager", 900.0, clock="host"),
+    ]
+    (training,) = trainings([*dense, *eager])
+    assert training.amdahl(cell_of(eager[0])) is None
+    text = "no Amdahl figure of spattention on eager: no device time of the attention call "
+    assert f"{text}(no graph: waits)" in printed([*dense, *eager], capsys)
+    two = [replace(row, world_size=2) if row.phase == "step" else row for row in dense]
+    (training,) = trainings(two)
+    assert training.amdahl(training.dense) is None
+    out = printed(two, capsys)
+    assert "no Amdahl figure of standard on flex: with several processes" in out
+    assert "no Amdahl" not in printed(dense, capsys)
+
+
+def test_attention_is_a_share_of_the_kernels_of_one_process():
+    row = split("standard", "flex", 100.0)
+    assert attention_share(row) == pytest.approx(0.4)
+    assert attention_share(replace(row, attention_us=20.0, other_us=30.0)) == pytest.approx(0.4)
+    assert attention_share(replace(row, world_size=2)) is None
+    assert attention_share(made()) is None
 
 
 def cell_of(row):
