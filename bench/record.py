@@ -60,10 +60,11 @@ class Row:
         sm_mhz: right after the samples. power_w, celsius: of the chip, other cells included.
         throttled: why the chip was slower than it can be, and after how many of the samples.
         model: that trains; batch is the sequences of each of its world_size processes.
-        data: "random", or the name of the text.
+        data: "random", or the name of the text and the start of its hash.
         parameters: of the model. model_flops: of its products in one step of one process.
         losses: of every step from the first, those of the warm-up too; semicolon-separated.
         attention_us, other_us: time of the device in attention and in other kernels, in one step.
+        recipe: steps, warm-up, learning rate and seed.
     """
 
     run: str
@@ -127,6 +128,7 @@ class Row:
     losses: str | None = None
     attention_us: float | None = None
     other_us: float | None = None
+    recipe: str | None = None
 
     @property
     def problem(self) -> Problem:
@@ -139,8 +141,8 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _HEADER = (",".join(COLUMNS) + "\n").encode()
-# Of files from before there were rows of training, which are read all the same.
-_OLDER = COLUMNS[: COLUMNS.index("model")]
+# Of files from before there were rows of training, or their recipe, which are read all the same.
+_OLDER = [COLUMNS[: COLUMNS.index(name)] for name in ("model", "recipe")]
 _TYPES = get_type_hints(Row)
 LONGEST = 2**31 - 1  # characters of a field: samples and losses have no limit of their own
 
@@ -341,7 +343,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _columns(header: bytes, path: Path) -> Sequence[str]:
-    for columns in (COLUMNS, _OLDER):
+    for columns in (COLUMNS, *_OLDER):
         if header.decode(errors="replace") == ",".join(columns):
             return columns
     raise ValueError(f"{path}: not a results file of this version (its first line differs)")

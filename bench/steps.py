@@ -48,6 +48,7 @@ class Job:
         group: with one cell; batch is the sequences of each process.
         steps: that are timed, after `warmup` others.
         text: trains on its bytes; random tokens where None.
+        data: how rows name it.
         checkpointing: whether layers are computed again in the backward.
         shard: FSDP2 in place of DDP, where there are several processes.
     """
@@ -61,10 +62,19 @@ class Job:
     checkpointing: bool
     compiled: bool
     shard: bool
+    data: str = "random"
 
     @property
     def cell(self) -> Cell:
         return self.group.cells[0]
+
+    @property
+    def recipe(self) -> str:
+        """What a row's losses follow from, and how many steps it is of."""
+        return (
+            f"steps={self.steps},warmup={self.warmup},learning_rate={self.learning_rate:g},"
+            f"seed={self.group.seed}"
+        )
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,9 @@ def unfinished(job: Job, world_size: int, status: str, reason: str) -> Prepared:
 
 
 def _about(job: Job, world_size: int) -> dict:
-    data = job.text.name if job.text else "random"
-    return {"model": job.model.name, "world_size": world_size, "data": data}
+    return {
+        "model": job.model.name, "world_size": world_size, "data": job.data, "recipe": job.recipe
+    }  # fmt: skip
 
 
 def run_job(job: Job, world: World, announce: Callable[[str], None]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -122,6 +123,7 @@ def expand(request: Train, ranks: Ranks) -> list[Job]:
     if device.type == "cuda" and ranks.size > 1:
         device = named_device(f"cuda:{ranks.local}")
     size = parameters(_on_meta(model))
+    data = _named(request.text) if request.text else "random"
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     run = request.run or f"train-{model.name.replace(' ', '-')}-{stamp}"
     check_run_name(run)
@@ -141,17 +143,22 @@ def expand(request: Train, ranks: Ranks) -> list[Job]:
                 device=str(device), seed=request.seed, rounds=request.steps, seconds=0.0, run=run,
                 shared=False,
             )  # fmt: skip
-            jobs.append(_job(request, group, model, size))
+            jobs.append(_job(request, group, model, size, data))
     return jobs
 
 
-def _job(request: Train, group: Group, model: Model, size: int) -> Job:
+def _job(request: Train, group: Group, model: Model, size: int, data: str) -> Job:
     return Job(
         group=group, model=model, steps=request.steps, warmup=request.warmup,
-        learning_rate=request.learning_rate, text=request.text,
+        learning_rate=request.learning_rate, text=request.text, data=data,
         checkpointing=request.checkpointing, compiled=request.compiled,
         shard=size >= LARGE if request.shard is None else request.shard,
     )  # fmt: skip
+
+
+def _named(text: Path) -> str:
+    """A text by its name and content."""
+    return f"{text.name}@{hashlib.sha256(text.read_bytes()).hexdigest()[:8]}"
 
 
 def _check(request: Train) -> None:
@@ -304,14 +311,14 @@ class _Run:
         return rows_of(job.group, env, unfinished(job, self.ranks.size, status, reason), None)
 
     def _complete(self, job: Job, rows: Sequence[Row], env: Environment) -> bool:
-        """Whether a cell has a row of this code and environment."""
+        """Whether a cell has a row of this code, environment, recipe and text."""
         method, path = method_of(job.cell), source_file(job.cell.method)
         names = [f.name for f in fields(Environment) if f.name not in ("git_sha", "code")]
         wanted = {name: getattr(env, name) for name in names} | {
             "code": code_hash([path]) if path else env.code, "problem": job.group.problem,
             "method": method.name, "params": parameters_text(method), "phase": STEP,
             "backend": job.cell.backend, "model": job.model.name,
-            "world_size": self.ranks.size, "data": job.text.name if job.text else "random",
+            "world_size": self.ranks.size, "data": job.data, "recipe": job.recipe,
         }  # fmt: skip
         return any(all(getattr(row, k) == v for k, v in wanted.items()) for row in rows)
 

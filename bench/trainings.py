@@ -82,7 +82,7 @@ class Training:
 
 
 def trainings(rows: Iterable[Row]) -> list[Training]:
-    """One for each model, number of processes and problem, in order of appearance."""
+    """One for each problem, model, data, number of processes and recipe, as they appear."""
     rows = list(rows)
     grouped: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -117,12 +117,15 @@ def utilisation(row: Row) -> float | None:
 
 
 def scaling(row: Row, rows: Iterable[Row]) -> float | None:
-    """Tokens/s over those of one process of the same cell times the number of processes."""
+    """Tokens/s over those of one process of the same cell times the number of processes.
+
+    However many steps either took.
+    """
     if row.world_size == 1 or not (own := tokens_per_s(row)):
         return None
     for other in rows:
         if other.world_size == 1 and _cell(other) == _cell(row):
-            same = _setting(other)[:-1] == _setting(row)[:-1]
+            same = _setting(other)[:-2] == _setting(row)[:-2]
             if same and (single := tokens_per_s(other)):
                 return own.y / (row.world_size * single.y)
     return None
@@ -149,4 +152,4 @@ def _cell(row: Row) -> Cell:
 
 
 def _setting(row: Row) -> tuple:
-    return (*problem_of(row), row.model, row.data, row.world_size)
+    return *problem_of(row), row.model, row.data, row.world_size, row.recipe

@@ -199,11 +199,12 @@ def test_the_code_hash_covers_a_users_file(tmp_path):
     assert len({first, code_hash([file]), code_hash()}) == 3
 
 
-def test_a_file_from_before_the_columns_of_training_is_read_and_gone_on_with(tmp_path):
+@pytest.mark.parametrize("first", ["model", "recipe"])
+def test_a_file_from_before_the_columns_of_training_is_read_and_gone_on_with(tmp_path, first):
     path, row = tmp_path / "a.csv", make_row(reason="one, two")
     with Store(path) as store:
         store.append([row])
-    older = COLUMNS.index("model")
+    older = COLUMNS.index(first)
     header, line = path.read_text().splitlines()
     fewer = len(COLUMNS) - older
     path.write_text(f"{','.join(COLUMNS[:older])}\n{line[:-fewer]}\n")

@@ -21,6 +21,7 @@ from bench.models import model_of_file
 from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import ROOT, Store, read_rows
 from bench.steps import World, run_job
+from bench.trainings import trainings
 from tests.bench.rows import make_row
 from tests.bench.training import (
     CPU,
@@ -162,7 +163,9 @@ def test_a_run_writes_rows_and_figures_and_is_gone_on_with(tmp_path, in_this_pro
     found = [(row.seq_len, row.batch, row.method) for row in rows if row.phase == "step"]
     names = ("standard", "spattention", "identity")
     assert found == [(n, 64 // n, name) for n in (32, 64) for name in names]
-    assert all(row.status == "ok" and row.data == "text.txt" for row in rows if row.model)
+    steps_of = [row for row in rows if row.model]
+    assert all(row.status == "ok" and row.data == "text.txt@031c26a1" for row in steps_of)
+    assert {row.recipe for row in steps_of} == {"steps=2,warmup=1,learning_rate=0.0003,seed=0"}
     drawn = {path.stem for path in (tmp_path / "plots" / "a").iterdir()}
     assert drawn == {
         f"training_{kind}" for kind in (
@@ -177,6 +180,29 @@ def test_a_run_writes_rows_and_figures_and_is_gone_on_with(tmp_path, in_this_pro
     assert run_bench.main(given) == 2
     assert run_bench.main([*given, "--resume", "--methods", "local_only"]) == 0
     assert [cell.method for cell in in_this_process[6:]] == ["local_only", "local_only"]
+
+
+@pytest.mark.parametrize(
+    "change", [("--steps", "3"), ("--warmup", "2"), ("--seed", "1"), ("--learning-rate", "1e-4"),
+               ("--text", "other")],
+)  # fmt: skip
+def test_another_recipe_or_text_is_measured_again(tmp_path, in_this_process, change):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 100)
+    given = [
+        "train", "--model-config", str(config_file(tmp_path, LLAMA)), "--methods", "standard",
+        "--backends", "blockwise", "--seq-len", "32", "--tokens", "32", "--steps", "2",
+        "--warmup", "1", "--no-compiled", "--device", "cpu", "--text", str(text), "--run", "a",
+        "--output", str(tmp_path),
+    ]  # fmt: skip
+    assert run_bench.main(given) == 0 and len(in_this_process) == 2
+    if change[0] == "--text":
+        text.write_text("hgfedcba" * 100)
+        change = ()
+    assert run_bench.main([*given, "--resume", *change]) == 0
+    assert len(in_this_process) == 4
+    rows = [x for x in read_rows(tmp_path / "results" / "a.csv") if x.phase == "step"]
+    assert len(trainings(rows)) == 2
 
 
 @pytest.mark.parametrize(
