@@ -22,7 +22,7 @@ from bench.derived import BASELINE
 from bench.models import MODELS, Model, build, model_of_file, parameters, with_options
 from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import STEP, Environment, Row, Store, code_hash, environment
-from bench.request import check_run_name, destination, named_device
+from bench.request import FAST, check_run_name, destination, named_device
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
 from bench.steps import Job, compile_first, method_of, read_text, unfinished
@@ -52,8 +52,8 @@ class Train:
     methods: tuple[str, ...] = tuple(name for name in METHODS if not trains(METHODS[name]))
     """Presets, NAME:parameter=value,... or FILE.py:NAME for a method of your own."""
     backends: tuple[str, ...] | None = None
-    """Ways to run them; default flex, varlen, fa4 (if installed), sdpa-flash and sdpa-cudnn on a
-    GPU, blockwise and sdpa-flash on a CPU."""
+    """Ways to run them; default flex, flash, varlen and fa4 (if installed), sdpa-flash and
+    sdpa-cudnn on a GPU, blockwise and sdpa-flash on a CPU."""
     seq_len: tuple[int, ...] = (1024,)
     """Tokens a sequence."""
     tokens: int | None = None
@@ -218,7 +218,7 @@ def _cells(request: Train, device: torch.device) -> list[Cell]:
 def _default_backends(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return "blockwise", "sdpa-flash"
-    fastest = (name for name in ("varlen", "fa4") if not BACKENDS[name].missing(device))
+    fastest = (name for name in FAST if not BACKENDS[name].missing(device))
     return "flex", *fastest, "sdpa-flash", "sdpa-cudnn"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import request
+from bench import request, train
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group
 from bench.measure import Bench, Clockwork
@@ -92,6 +92,7 @@ def test_the_default_on_a_gpu_is_what_is_installed(monkeypatch, lacking):
     dense = ["sdpa-flash", "sdpa-cudnn", "sdpa-efficient"]
     fastest = [name for name in ("flash", "varlen", "fa4") if name not in lacking]
     assert list(request._default_backends(CUDA)) == ["flex", *fastest, *dense]
+    assert list(train._default_backends(CUDA)) == ["flex", *fastest, *dense[:2]]
 
 
 def test_methods_of_varlen_and_fa4():
