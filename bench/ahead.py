@@ -71,7 +71,7 @@ def compile_ahead(
             known[group.problem, group.block_size, cell] = Known(None, seen)
             on_done()
     finished = side_by_side(
-        first_call, jobs, set_up_sweep, time_limit, on_done, _room([group for group, _ in jobs])
+        first_call, jobs, set_up_sweep, time_limit, on_done, room([group for group, _ in jobs])
     )
     if memory:
         memory.add((*job, found.ran) for job, found in finished if found.whole)
@@ -116,8 +116,12 @@ def side_by_side(
     return found
 
 
-def _room(groups: Sequence[Group]) -> int:
-    """Processes whose largest cells the device holds side by side."""
+def room(groups: Sequence[Group], beside: int = 0) -> int:
+    """Processes whose largest cells the device holds side by side.
+
+    Args:
+        beside: bytes that each holds besides a cell.
+    """
     if not groups or groups[0].device == "cpu":
         return MOST
     largest = max(
@@ -125,7 +129,7 @@ def _room(groups: Sequence[Group]) -> int:
         for p in (group.problem for group in groups)
     )
     memory = torch.cuda.get_device_properties(groups[0].device).total_memory
-    count = int(SHARE_OF_MEMORY * memory / (CONTEXT_BYTES + TENSORS * largest))
+    count = int(SHARE_OF_MEMORY * memory / (CONTEXT_BYTES + TENSORS * largest + beside))
     return max(1, min(MOST, count))
 
 

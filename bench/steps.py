@@ -36,6 +36,8 @@ BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
 BYTES = 256  # tokens of a text
 RANK_APART = 1_000_003  # seeds of neighbouring ranks; a CPU takes 32 bits of a seed
 GATE = "allowed_pairs", "computed_pairs", *ERRORS
+# Of the size of hidden states, that a layer and its backward hold; most where experts are many.
+LAYER_TENSORS = 64
 # Of the attention call by itself, whose speed-up bounds that of a step.
 CALL_ROUNDS, CALL_SECONDS = 10, 2.0
 
@@ -165,6 +167,14 @@ def _call_rows(job: Job, machine: Machine, announce: Callable[[str], None]) -> l
     )  # fmt: skip
     measured = measure_group(group, machine, lambda _: announce("the gate"), Clockwork())
     return measured[job.cell]
+
+
+def compile_bytes(job: Job) -> int:
+    """What `compile_first` holds besides the attention call, about: weights and activations."""
+    p, single = job.group.problem, job.model.shortened(1)
+    size = parameters(build(single, lambda q, k, v: v, 1, p.torch_dtype, torch.device("meta"), 0))
+    held = 2 * size + LAYER_TENSORS * p.batch * p.seq_len * job.model.hidden
+    return held * p.torch_dtype.itemsize
 
 
 def compile_first(job: Job) -> None:

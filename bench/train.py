@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench.ahead import side_by_side
+from bench.ahead import room, side_by_side
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group, rows_of
 from bench.derived import BASELINE
@@ -25,7 +25,7 @@ from bench.record import STEP, Environment, Row, Store, code_hash, environment
 from bench.request import FAST, check_run_name, destination, named_device
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
-from bench.steps import Job, compile_first, method_of, read_text, unfinished
+from bench.steps import Job, compile_bytes, compile_first, method_of, read_text, unfinished
 from bench.train_figures import draw_training
 from bench.train_report import one_line, print_training
 from bench.worker import SPAWN, set_up
@@ -281,10 +281,11 @@ class _Run:
         if self.ranks.size > 1 or self.jobs[0].group.device == "cpu" or not self.request.compiled:
             return
         done = itertools.count(1)
+        most = room([job.group for job in jobs], max(map(compile_bytes, jobs), default=0))
         with self.console.status(f"compiling {len(jobs)} cells ahead") as status:
             side_by_side(
                 compile_first, [(job,) for job in jobs], set_up, self.request.time_limit,
-                lambda: status.update(f"compiling ahead: {next(done)} of {len(jobs)}"),
+                lambda: status.update(f"compiling ahead: {next(done)} of {len(jobs)}"), most,
             )  # fmt: skip
 
     def _one(self, number: int, env: Environment) -> tuple[list[Row], bool]:

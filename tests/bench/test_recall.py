@@ -78,13 +78,14 @@ def test_a_second_run_compiles_nothing_ahead(group, monkeypatch):
 def test_processes_that_compile_fit_on_the_device_together(monkeypatch):
     """Each has a context and the tensors of a cell; a small device holds fewer of large ones."""
 
-    def room(seq_len: int, gigabytes: float, device: str = "cuda:0") -> int:
+    def room(seq_len: int, gigabytes: float, device: str = "cuda:0", beside: int = 0) -> int:
         held = SimpleNamespace(total_memory=int(gigabytes * 1e9))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: held)
         p = Problem(seq_len=seq_len, q_heads=32, head_dim=128)
-        return ahead._room([SimpleNamespace(device=device, problem=p)])
+        return ahead.room([SimpleNamespace(device=device, problem=p)], beside)
 
     assert room(1024, 80) == ahead.MOST
     assert 1 <= room(65536, 40) < room(65536, 80) < ahead.MOST
     assert room(1 << 20, 40) == 1
+    assert room(1024, 80, beside=10**10) == 5
     assert room(65536, 40, "cpu") == ahead.MOST

@@ -8,16 +8,19 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
+from rich.console import Console
 
 import run_bench
-from bench import steps, train
+from bench import ahead, steps, train
 from bench.backends import BACKENDS
 from bench.chip import Reading
 from bench.compare import sides
-from bench.models import model_of_file
+from bench.models import MODELS, model_of_file
 from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import ROOT, Store, read_rows
 from bench.steps import World, run_job
@@ -180,6 +183,22 @@ def test_a_run_writes_rows_and_figures_and_is_gone_on_with(tmp_path, in_this_pro
     assert run_bench.main(given) == 2
     assert run_bench.main([*given, "--resume", "--methods", "local_only"]) == 0
     assert [cell.method for cell in in_this_process[6:]] == ["local_only", "local_only"]
+
+
+def test_no_more_processes_compile_than_the_device_holds(monkeypatch):
+    """Each holds a layer of the model, too."""
+    held = SimpleNamespace(total_memory=int(16e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: held)
+    asked = []
+    monkeypatch.setattr(train, "side_by_side", lambda *args: asked.append(args[-1]))
+    for tokens in (1024, 32768, 1 << 20):
+        given = job(model=MODELS["olmoe-1b-7b"])
+        p = replace(given.group.problem, batch=1, seq_len=tokens, dtype="bfloat16")
+        given = replace(given, group=replace(given.group, problem=p, device="cuda:0"))
+        run = train._Run([given], train.Train(), Ranks(), None, Console())
+        run._compile([given])
+    few, fewer, one = asked
+    assert ahead.MOST > few > fewer >= one == 1
 
 
 @pytest.mark.parametrize(
