@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import time
@@ -106,9 +105,10 @@ def train(request: Train, console: Console) -> int:
     print_training(rows, console)
     drawn = draw_training(rows, plots)
     console.print(f"rows: {path}\nfigures: {plots} ({len(drawn)} files)", highlight=False)
+    status = 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
     if ranks.store is not None:
-        ranks.store.set("written", "")
-    return 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
+        ranks.store.set("status", str(status))
+    return status
 
 
 def expand(request: Train, ranks: Ranks) -> list[Job]:
@@ -235,18 +235,18 @@ def _introduce(job: Job, ranks: Ranks, console: Console) -> None:
 
 
 def _follow(jobs: Sequence[Job], request: Train, ranks: Ranks) -> int:
-    """What a rank does that writes nothing."""
-    failed = False
+    """What a rank does that writes nothing; returns the exit status of the one that does."""
     for number in ranks.agree("todo", None):
         try:
             run_apart(jobs[number], ranks, number, request.time_limit, lambda text: None)
         except JobFailed as failure:
-            failed = True
             if failure.status in ("crash", "timeout"):
                 break
-    with contextlib.suppress(RuntimeError):  # rank 0 is gone, or hangs
-        ranks.store.wait(["written"], LAST_WORD)
-    return 1 if failed else 0
+    try:
+        ranks.store.wait(["status"], LAST_WORD)
+        return int(ranks.store.get("status"))
+    except RuntimeError:
+        return 1  # rank 0 is gone, or hangs
 
 
 @dataclass(frozen=True)

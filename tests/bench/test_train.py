@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,6 +121,30 @@ def test_steps_of_two_models_are_compared_apart(tmp_path):
         with Store(tmp_path / name) as store:
             store.append(rows)
     assert len(sides(tmp_path / "a.csv", tmp_path / "b.csv", None, None)[0].rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("failure", "said", "status"),
+    [("oom", b"0", 0), ("unsupported", b"0", 0), (None, b"1", 1), ("crash", b"1", 1),
+     ("oom", None, 1)],
+)  # fmt: skip
+def test_a_rank_that_writes_nothing_ends_with_the_status_of_the_one_that_does(
+    monkeypatch, failure, said, status
+):
+    """torchrun ends all ranks, and says that the run failed, where one of them says so."""
+
+    def run_here(*args):
+        if failure:
+            raise JobFailed(failure, "here or elsewhere")
+        return []
+
+    store = dist.HashStore()
+    store.set("todo", "[0]")
+    if said is not None:
+        store.set("status", said)
+    monkeypatch.setattr(train, "run_apart", run_here)
+    monkeypatch.setattr(train, "LAST_WORD", timedelta(milliseconds=50))
+    assert train._follow([job()], train.Train(), Ranks(1, 1, 2, store)) == status
 
 
 def test_the_cause_is_the_failure_that_explains_the_others():
