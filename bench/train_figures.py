@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from bench.report import labels
 from bench.step_attention import IDENTITY
 from bench.style import Style, save, styles
 from bench.train_report import title
-from bench.trainings import Training, tokens_per_s, trainings
+from bench.trainings import Training, fall, tokens_per_s, trainings
 
 CEILING = Style("#000000", "|", (0, (1, 1)))
 
@@ -25,18 +26,23 @@ def draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Tokens/s and speed-up over N, each method on its fastest backend, and losses over steps.
 
     Returns:
-        The files: training_tokens_per_s_MODEL_PROCESSES and so on, each as .png and .svg.
+        The files: training_tokens_per_s_MODEL_PROCESSES_TOKENS and so on, of a text with its name
+        behind, each as .png and .svg.
     """
     grouped: dict[tuple, list[Training]] = {}
     for training in trainings(rows):
         head = training.head
-        key = (head.model, head.world_size, head.device, head.batch * head.seq_len)
+        tokens = head.world_size * head.batch * head.seq_len
+        key = _stem(head, tokens), head.device, head.dtype, head.data, head.recipe
         grouped.setdefault(key, []).append(training)
-    written = []
-    for (model, world, *_), found in grouped.items():
+    written: list[Path] = []
+    seen: Counter[str] = Counter()
+    for (stem, *_), found in grouped.items():
         folder.mkdir(parents=True, exist_ok=True)
         found.sort(key=lambda training: training.head.seq_len)
-        stem = f"{model.replace(' ', '-')}_{world}"
+        seen[stem] += 1
+        if seen[stem] > 1:  # of another device, type, recipe or version of a text
+            stem = f"{stem}_{seen[stem]}"
         looks = styles(cell for training in found for cell in training.cells)
         if len(found) > 1:
             written += save(_rates(found, looks), folder / f"training_tokens_per_s_{stem}")
@@ -46,6 +52,11 @@ def draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
                 name = f"training_loss_{stem}_{training.head.seq_len}"
                 written += save(_losses(training, looks), folder / name)
     return written
+
+
+def _stem(head: Row, tokens: int) -> str:
+    text = "" if head.data == "random" else f"_{Path(head.data.partition('@')[0]).stem}"
+    return f"{head.model.replace(' ', '-')}_{head.world_size}_{tokens}{text}"
 
 
 def _rates(found: Sequence[Training], looks: dict[str, Style]) -> Figure:
@@ -90,12 +101,14 @@ def _losses(training: Training, looks: dict[str, Style]) -> Figure:
         if best is None or not training.rows[best].losses or method == IDENTITY.name:
             continue
         losses = [float(loss) for loss in training.rows[best].losses.split(";")]
+        ends = fall(training.rows[best])
+        told = f"{name} (not falling)" if ends and not ends.clear else name
         axes.plot(range(1, len(losses) + 1), losses, color=looks[best.label].colour, lw=1,
-                  linestyle=looks[best.label].line, label=name)  # fmt: skip
+                  linestyle=looks[best.label].line, label=told)  # fmt: skip
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("loss", fontsize=9)
     axes.grid(True, color="#dddddd", linewidth=0.6)
-    figure.suptitle(f"{title(training.head)}\n{training.head.data}", fontsize=9, x=0.02, ha="left")
+    figure.suptitle(title(training.head), fontsize=9, x=0.02, ha="left")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 

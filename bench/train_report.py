@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
@@ -18,6 +18,7 @@ from bench.trainings import (
     SPLIT,
     Training,
     attention_share,
+    fall,
     missed,
     scaling,
     tokens_per_s,
@@ -56,16 +57,25 @@ def print_training(rows: Sequence[Row], console: Console) -> None:
     for training in found:
         console.print(_table(training, rows))
         for cell in training.cells:
-            row = training.rows[cell]
-            if row.status != "ok":
-                console.print(f"{cell.label}, {cell.backend}: {row.status}, {row.reason}")
-            elif abs(missed(row) or 0) > SPLIT:
-                console.print(f"{cell.label}, {cell.backend}: attention and the other kernels "
-                              f"leave {missed(row):.1%} of the step")  # fmt: skip
+            for words in remarks(training.rows[cell]):
+                console.print(f"{cell.label}, {cell.backend}: {words}")
         _print_missing(training, console)
         _print_warnings(training, console)
     if found:
         console.print(LEGEND, style="dim")
+
+
+def remarks(row: Row) -> Iterator[str]:
+    """What a figure does not show: why there is none, and what is wrong with it."""
+    if row.status != "ok":
+        yield f"{row.status}, {row.reason}"
+    elif abs(missed(row) or 0) > SPLIT:
+        yield f"attention and the other kernels leave {missed(row):.1%} of the step"
+    if (ends := fall(row)) and not ends.clear:
+        yield (
+            f"the loss does not fall: {ends.first:.4g} over the first {ends.steps} steps, "
+            f"{ends.last:.4g} over the last"
+        )
 
 
 def _print_warnings(training: Training, console: Console) -> None:
@@ -145,7 +155,10 @@ def _number(value: float | None, form: str = ".2f", unit: str = "") -> str:
 
 
 def _loss(row: Row) -> str:
-    return row.losses.rpartition(";")[2] if row.losses else NOTHING
+    if not row.losses:
+        return NOTHING
+    ends = fall(row)
+    return row.losses.rpartition(";")[2] + (" not falling" if ends and not ends.clear else "")
 
 
 def title(row: Row, length: bool = True) -> str:
@@ -153,4 +166,5 @@ def title(row: Row, length: bool = True) -> str:
     tokens = row.world_size * row.batch * row.seq_len
     processes = f" · {row.world_size} processes" if row.world_size > 1 else ""
     n = f" · N {row.seq_len}" if length else ""
-    return f"{row.model}{n} · {tokens} tokens a step{processes} · {row.dtype} · {row.device}"
+    data = "" if row.data == "random" else f" · {row.data}"
+    return f"{row.model}{n} · {tokens} tokens a step{processes} · {row.dtype}{data} · {row.device}"

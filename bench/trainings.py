@@ -8,14 +8,19 @@ itself, by the device clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from statistics import fmean, variance
+from typing import NamedTuple
 
 from bench.derived import BASELINE, PROBLEM, Cell, compare, in_order, problem_of
 from bench.figures import Value
 from bench.record import STEP, Row
 from bench.step_attention import IDENTITY
 
+PART = 0.1  # of the steps at either end, whose mean losses are compared
+ERRORS = 3  # standard errors of their difference that are no noise
 SPLIT = 0.03  # share of a step by which its two parts may miss it without a word
 
 
@@ -129,6 +134,32 @@ def scaling(row: Row, rows: Iterable[Row]) -> float | None:
             if same and (single := tokens_per_s(other)):
                 return own.y / (row.world_size * single.y)
     return None
+
+
+class Fall(NamedTuple):
+    """Mean losses over the first and the last steps after the warm-up, so many each.
+
+    Attributes:
+        clear: whether the last are below the first by more than their noise.
+    """
+
+    steps: int
+    first: float
+    last: float
+    clear: bool
+
+
+def fall(row: Row) -> Fall | None:
+    """How far a text's loss fell; None for random tokens, which teach nothing, and few steps."""
+    timed = len(row.samples) + row.discarded
+    count = round(PART * timed)
+    if row.data == "random" or not row.losses or count < 2:
+        return None
+    losses = [float(loss) for loss in row.losses.split(";")][-timed:]
+    ends = losses[:count], losses[-count:]
+    first, last = map(fmean, ends)
+    error = math.sqrt(sum(variance(end) / count for end in ends))
+    return Fall(count, first, last, first - last > ERRORS * error)
 
 
 def missed(row: Row) -> float | None:

@@ -197,8 +197,8 @@ def test_a_run_writes_rows_and_figures_and_is_gone_on_with(tmp_path, in_this_pro
     drawn = {path.stem for path in (tmp_path / "plots" / "a").iterdir()}
     assert drawn == {
         f"training_{kind}" for kind in (
-            "tokens_per_s_tiny-uncompiled_1", "speedup_tiny-uncompiled_1",
-            "loss_tiny-uncompiled_1_32", "loss_tiny-uncompiled_1_64",
+            "tokens_per_s_tiny-uncompiled_1_64_text", "speedup_tiny-uncompiled_1_64_text",
+            "loss_tiny-uncompiled_1_64_text_32", "loss_tiny-uncompiled_1_64_text_64",
         )
     }  # fmt: skip
     assert "zero cost" in capsys.readouterr().out

@@ -6,10 +6,11 @@ import pytest
 from rich.console import Console
 
 from bench.derived import Cell
-from bench.train_figures import _methods
+from bench.train_figures import _methods, draw_training
 from bench.train_report import print_training
 from bench.trainings import (
     attention_share,
+    fall,
     missed,
     scaling,
     tokens_per_s,
@@ -139,3 +140,56 @@ def test_a_legend_names_parameters_only_where_it_must():
     (training,) = trainings([made(), *window])
     names = list(_methods([training]).values())
     assert names[1:] == ["sliding_window:window=4", "sliding_window:window=8"]
+
+
+def learning(losses, **changes):
+    """A step on a text whose losses are given, two steps of warm-up before them."""
+    samples = ";".join("100" for _ in losses)
+    told = ";".join(map(str, [9.0, 9.0, *losses]))
+    return made(**{"data": "book.txt@0badcafe", "samples_us": samples, "losses": told} | changes)
+
+
+NOISE = [0.01 * (k * 7 % 5) for k in range(40)]
+
+
+def test_a_loss_falls_where_its_ends_differ_by_more_than_their_noise():
+    falling = fall(learning([5 - 0.02 * k + NOISE[k] for k in range(40)]))
+    assert (falling.steps, falling.clear) == (4, True)
+    assert falling.first == pytest.approx(4.97 + sum(NOISE[:4]) / 4)
+    flat = fall(learning([5 + x for x in NOISE]))
+    rising = fall(learning([5 + 0.02 * k + NOISE[k] for k in range(40)]))
+    slight = fall(learning([5 - 0.0002 * k + NOISE[k] for k in range(40)]))
+    assert not (flat.clear or rising.clear or slight.clear) and rising.last > rising.first
+    discarded = learning([5 - 0.02 * k + NOISE[k] for k in range(40)], discarded=10,
+                         samples_us=";".join(["100"] * 30))  # fmt: skip
+    assert fall(discarded) == falling
+    assert fall(learning([5.0] * 12)) is None
+    assert fall(learning([5 - k for k in range(40)], data="random")) is None
+
+
+def test_a_loss_that_does_not_fall_is_said_and_marked(capsys):
+    falling = learning([5 - 0.02 * k for k in range(40)], backend="flex")
+    flat = learning([5 + x for x in NOISE], method="spattention", backend="flex")
+    out = printed([falling, flat], capsys)
+    (line,) = [line for line in out.splitlines() if "does not fall" in line]
+    assert line == (
+        "spattention, flex: the loss does not fall: 5.018 over the first 4 steps, 5.025 over the "
+        "last"
+    )
+    assert out.count("not falling") == 1 and "5.03 not falling" in out
+
+
+def test_figures_of_other_data_tokens_or_recipes_are_other_files(tmp_path):
+    rows = [
+        made(backend="flex", losses="2;1", batch=batch, seq_len=n, **changes)
+        for changes in ({}, {"data": "a.txt@01"}, {"data": "a.txt@02"}, {"data": "b.txt@01"},
+                        {"recipe": "steps=9"})
+        for batch, n in ((4, 1024), (2, 2048), (8, 1024), (4, 2048))
+    ]  # fmt: skip
+    drawn = draw_training(rows, tmp_path)
+    assert len(drawn) == len(set(drawn)) == 2 * (5 * 2 * 2 + 3 * 2 * 2)
+    names = {path.stem for path in drawn}
+    speed = {f"training_speedup_m_1_{tokens}{text}" for tokens in (4096, 8192)
+             for text in ("", "_2", "_a", "_a_2", "_b")}  # fmt: skip
+    assert {name for name in names if "speedup" in name} == speed
+    assert "training_loss_m_1_8192_a_2_2048" in names
