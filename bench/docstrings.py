@@ -1,6 +1,7 @@
 """A text to train on that every installation has: the docstrings of packages that it needs.
 
-`python -m bench.docstrings FILE` writes it, and prints each package with version and licence.
+`python -m bench.docstrings FILE` writes it, and beside it a table of the packages that it is made
+of, with versions and licences: docstrings.sources.csv for docstrings.txt.
 """
 
 from __future__ import annotations
@@ -10,11 +11,30 @@ import ast
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
+from bench.tables import write_table
+from bench.text import text_name
+
 PACKAGES = ("torch", "numpy", "pandas", "transformers")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a text is made of.
+
+    Attributes:
+        text: as rows of training name it in `data`.
+    """
+
+    text: str
+    package: str
+    version: str
+    licence: str
+    characters: int
 
 
 def docstrings(package: str) -> Iterator[str]:
@@ -49,10 +69,19 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     file = parser.parse_args().file
     with file.open("w", encoding="utf-8") as out:
-        for package in PACKAGES:
-            length = sum(out.write(f"{text}\n\n") for text in docstrings(package))
-            version = distribution(package).version
-            print(f"{package} {version} ({licence(package)}): {length:,} characters")
+        lengths = {
+            package: sum(out.write(f"{text}\n\n") for text in docstrings(package))
+            for package in PACKAGES
+        }
+    name = text_name(file)
+    sources = [
+        Source(text=name, package=package, version=distribution(package).version,
+               licence=licence(package), characters=length)
+        for package, length in lengths.items()
+    ]  # fmt: skip
+    for x in sources:
+        print(f"{x.package} {x.version} ({x.licence}): {x.characters:,} characters")
+    write_table(file.with_suffix(".sources.csv"), sources, Source)
 
 
 if __name__ == "__main__":

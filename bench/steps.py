@@ -30,10 +30,10 @@ from bench.sampling import Series
 from bench.specs import parse_method
 from bench.step_attention import IDENTITY, step_attention
 from bench.step_kernels import kernel_split
+from bench.text import read_text
 from methods import Method
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
-BYTES = 256  # tokens of a text
 RANK_APART = 1_000_003  # seeds of neighbouring ranks; a CPU takes 32 bits of a seed
 GATE = "allowed_pairs", "computed_pairs", *ERRORS
 # Of the size of hidden states, that a layer and its backward hold; most where experts are many.
@@ -317,23 +317,6 @@ def tokens(job: Job, world: World, device: torch.device) -> Callable[[], tuple[T
         return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
     return following
-
-
-def read_text(path: Path, seq_len: int, vocabulary: int) -> Tensor:
-    """The bytes of a file, uint8; each is a token.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is too short, or the model has too few tokens.
-    """
-    content = path.read_bytes()
-    if len(content) <= seq_len:
-        raise ValueError(
-            f"--text {path} has {len(content)} bytes; N = {seq_len} needs at least {seq_len + 1}"
-        )
-    if vocabulary < BYTES:
-        raise ValueError(f"--text needs {BYTES} tokens, one a byte; the model has {vocabulary}")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def step_times(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -24,7 +23,8 @@ from bench.record import STEP, Environment, Row, Store, code_hash, environment
 from bench.request import FAST, check_run_name, destination, named_device
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
-from bench.steps import Job, compile_bytes, compile_first, method_of, read_text, unfinished
+from bench.steps import Job, compile_bytes, compile_first, method_of, unfinished
+from bench.text import read_text, text_name
 from bench.train_figures import draw_training
 from bench.train_report import one_line, print_training
 from bench.worker import SPAWN, set_up
@@ -123,7 +123,7 @@ def expand(request: Train, ranks: Ranks) -> list[Job]:
     if device.type == "cuda" and ranks.size > 1:
         device = named_device(f"cuda:{ranks.local}")
     size = parameters(_on_meta(model))
-    data = _named(request.text) if request.text else "random"
+    data = text_name(request.text) if request.text else "random"
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     run = request.run or f"train-{model.name.replace(' ', '-')}-{stamp}"
     check_run_name(run)
@@ -154,11 +154,6 @@ def _job(request: Train, group: Group, model: Model, size: int, data: str) -> Jo
         checkpointing=request.checkpointing, compiled=request.compiled,
         shard=size >= LARGE if request.shard is None else request.shard,
     )  # fmt: skip
-
-
-def _named(text: Path) -> str:
-    """A text by its name and content."""
-    return f"{text.name}@{hashlib.sha256(text.read_bytes()).hexdigest()[:8]}"
 
 
 def _check(request: Train) -> None:

@@ -5,6 +5,8 @@ from importlib.metadata import distribution
 import pytest
 
 from bench import docstrings
+from bench.tables import read_table
+from bench.text import text_name
 
 
 def test_docstrings_of_a_package_come_once_and_without_its_code():
@@ -28,6 +30,11 @@ def test_the_file_and_whose_words_they_are(tmp_path, monkeypatch, capsys):
     docstrings.main()
     size = len((tmp_path / "text.txt").read_text(encoding="utf-8"))
     version = distribution("tyro").version
+    (source,) = read_table(tmp_path / "text.sources.csv", docstrings.Source)
+    assert source == docstrings.Source(
+        text=text_name(tmp_path / "text.txt"), package="tyro", version=version,
+        licence=docstrings.licence("tyro"), characters=size,
+    )  # fmt: skip
     assert capsys.readouterr().out.startswith(f"tyro {version} (")
     assert size > 10_000
 
