@@ -20,6 +20,7 @@ EAGER = "eager"  # FlexAttention as the released code calls it
 POINT_METHODS = tuple(reading["SPAttention"] for reading in READINGS.values())
 TRAINING, ATTENTION_ALONE = "a training step", "attention alone"
 TABLE_2_MODEL = "table2"  # of `train`
+UNCOMPILED_MODEL = f"{TABLE_2_MODEL} uncompiled"  # by --no-compiled
 TOKENS_FROM = {"step": TRAINING, "fwd_bwd": ATTENTION_ALONE}  # phase -> what it measures
 NOT_MEASURED = "not measured"
 

@@ -20,15 +20,14 @@ from bench.readme_speeds import (
     stand_ins,
     targets,
 )  # fmt: skip
-from bench.record import ROOT, Row, read_rows
-from bench.step_attention import IDENTITY
+from bench.readme_training import training
+from bench.record import ROOT, STEP, Row, read_rows
 from bench.tables import markdown
-from bench.train_report import title
-from bench.trainings import Training, tokens_per_s, trainings
 from methods import METHODS
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "results"
+PLOTS = ROOT / "plots" / "h200"
 NOTED = "reference, `flex`: times as fast"
 
 
@@ -60,8 +59,9 @@ def sections() -> dict[str, Callable[[], str]]:
         found["rounds"] = lambda: rounds(_rows("h200/rounds"))
     if references := _measured("h200/references*"):
         found["references"] = lambda: _references(references)
-    if steps := [row for row in _measured("h200/train*") if row.model == "table2"]:
-        found["train"] = lambda: _train(steps)
+    trained = _measured("h200/train*")
+    if any(row.phase == STEP for row in trained):
+        found["train"] = lambda: training(trained, RESULTS / "h200", PLOTS)
     return found
 
 
@@ -168,44 +168,6 @@ def _ms(us: float) -> str:
     """Milliseconds with two digits, or more before the point."""
     digits = max(0, 1 - math.floor(math.log10(us / 1000)))
     return f"{us / 1000:.{digits}f} ms"
-
-
-def _train(rows: list[Row]) -> str:
-    """Tokens/s of training, and in brackets over the fastest dense step of the same column."""
-    found = trainings(rows)
-    found.sort(key=lambda x: (x.head.world_size, x.head.data != "random", x.head.seq_len))
-    heads = [_training_head(training.head) for training in found]
-    if len(set(heads)) < len(heads):
-        raise ValueError(f"two trainings have one column: {'; '.join(heads)}")
-    lines = []
-    cells = list(dict.fromkeys(cell for training in found for cell in training.cells))
-    methods = in_order(cell.method for cell in cells)
-    cells.sort(key=lambda cell: (cell.method == IDENTITY.name, methods.index(cell.method)))
-    for cell, label in zip(cells, report.labels(cells), strict=True):
-        texts = (_training_cell(training, cell) for training in found)
-        lines.append((f"`{label}`", cell.backend, *texts))
-    titles = dict.fromkeys(title(x.head, length=False) for x in found)
-    caption = (
-        f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend. "
-        f"`{IDENTITY.name}` is q + k + v in place of attention."
-    )
-    table = markdown(("method", "backend", *heads), lines, numbers=range(2, 2 + len(heads)))
-    return "\n".join([*table, "", f"{caption} {'; '.join(titles)}."])
-
-
-def _training_head(row: Row) -> str:
-    processes = f"{row.world_size} processes" if row.world_size > 1 else ""
-    text = row.data if row.data != "random" else ""
-    return ", ".join(filter(None, (f"N = {row.seq_len}", processes, text)))
-
-
-def _training_cell(training: Training, cell: Cell) -> str:
-    row = training.rows.get(cell)
-    rate = row and tokens_per_s(row)
-    if not rate:
-        return row.status if row else report.NOTHING
-    gain = training.speedup(cell)
-    return report.quantity(rate.y) + (f" ({gain.y:.2f}x)" if gain else "")
 
 
 def update_marked(text: str, name: str, body: str) -> str:

@@ -32,8 +32,7 @@ def draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
     grouped: dict[tuple, list[Training]] = {}
     for training in trainings(rows):
         head = training.head
-        tokens = head.world_size * head.batch * head.seq_len
-        key = _stem(head, tokens), head.device, head.dtype, head.data, head.recipe
+        key = _stem(head), head.device, head.dtype, head.data, head.recipe
         grouped.setdefault(key, []).append(training)
     written: list[Path] = []
     seen: Counter[str] = Counter()
@@ -54,7 +53,14 @@ def draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
     return written
 
 
-def _stem(head: Row, tokens: int) -> str:
+def figure_name(kind: str, head: Row) -> str:
+    """Name of a picture without its suffix: tokens_per_s, speedup or loss of what a row trains."""
+    length = f"_{head.seq_len}" if kind == "loss" else ""
+    return f"training_{kind}_{_stem(head)}{length}"
+
+
+def _stem(head: Row) -> str:
+    tokens = head.world_size * head.batch * head.seq_len
     text = "" if head.data == "random" else f"_{Path(head.data.partition('@')[0]).stem}"
     return f"{head.model.replace(' ', '-')}_{head.world_size}_{tokens}{text}"
 

@@ -75,3 +75,10 @@ def made(method="standard", us=100.0, **changes):
             "seq_len": 1024, "model": "m", "world_size": 1, "data": "random",
         } | changes
     )  # fmt: skip
+
+
+def table2_step(method="standard", backend="flex", us=100.0, **changes):
+    """A step of the paper's model with made-up figures."""
+    model = {"model": "table2", "world_size": 1, "data": "random", "batch": 4, "seq_len": 1024}
+    values = model | {"phase": "step", "clock": "host", "losses": "10.8;10.7"} | changes
+    return make_row(method=method, backend=backend, median_us=us, **values)

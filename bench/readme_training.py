@@ -1,0 +1,289 @@
+"""The README's tables of training, in Markdown, from the rows and pictures that there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench import paper
+from bench.derived import BASELINE, Cell, in_order
+from bench.docstrings import Source
+from bench.paper_speeds import EAGER, TABLE_2_MODEL, UNCOMPILED_MODEL
+from bench.record import Row
+from bench.report import NOTHING, labels, quantity
+from bench.step_attention import IDENTITY
+from bench.tables import markdown, read_table
+from bench.train_figures import figure_name
+from bench.train_report import remarks, title
+from bench.trainings import Training, fall, scaling, tokens_per_s, trainings
+
+# Tokens/s of the same model in steps of 32768 tokens, by method, kind of backend and N: the least
+# that an earlier prototype reached on one H200 (driver 580.159, torch 2.11.0, Triton 3.6).
+PROTOTYPE = {
+    ("standard", "sdpa", 1024): 525_700, ("standard", "flex", 1024): 505_000,
+    ("spattention", "flex", 1024): 554_000, ("spattention_released", "flex", 1024): 523_000,
+    ("standard", "sdpa", 8192): 361_200, ("standard", "flex", 8192): 327_800,
+    ("spattention", "flex", 8192): 511_200, ("spattention_released", "flex", 8192): 432_900,
+    ("standard", "sdpa", 32768): 187_100, ("standard", "flex", 32768): 151_200,
+    ("spattention", "flex", 32768): 406_800,
+}  # fmt: skip
+PROTOTYPE_TOKENS = 32768
+# What `spattention` was to reach at this N: over the fastest dense step, and of Amdahl's figure.
+AIM_LENGTH, AIM_SPEEDUP, AIM_OF_AMDAHL = 32768, 2.2, 0.95
+
+
+def training(rows: Sequence[Row], results: Path, plots: Path) -> str:
+    """Every table that there are rows for, each with its pictures.
+
+    Args:
+        results, plots: folders of the files that the rows come from, and of their runs' pictures.
+    """
+    found = latest(trainings(rows))
+    random = [x for x in found if x.head.data == "random"]
+    models = dict.fromkeys(x.head.model for x in random if x.head.model != UNCOMPILED_MODEL)
+    parts: list[str] = []
+    for model in sorted(models, key=lambda name: name != TABLE_2_MODEL):
+        own, first = [x for x in random if x.head.model == model], model == TABLE_2_MODEL
+        parts += [] if first else [f"#### `{model}`"]
+        parts += pictures(own, "speedup", "Speed-up of training steps over sequence length", plots)
+        parts.append(model_table(own, rows, memory=not first))
+        parts += aims(own) if first else []
+    parts += paper_setting(random)
+    texts = [x for x in found if x.head.data != "random"]
+    parts += ["#### A text", *loss_tables(texts, results, plots)] if texts else []
+    return "\n\n".join(parts)
+
+
+def latest(found: Sequence[Training]) -> list[Training]:
+    """Of trainings that differ in their recipe alone, the one measured last; by N and so on."""
+    by_time = sorted(found, key=lambda x: max(row.time_utc for row in x.rows.values()))
+    kept = {_column(x.head): x for x in by_time}
+    return sorted(kept.values(), key=lambda x: (x.head.world_size, x.head.seq_len))
+
+
+def _column(row: Row) -> tuple:
+    names = "device", "model", "data", "world_size", "batch", "seq_len", "dtype"
+    return tuple(getattr(row, name) for name in names)
+
+
+def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = False) -> str:
+    """Tokens/s of a model, and in brackets over the fastest dense step of the same column.
+
+    Raises:
+        ValueError: two trainings would have one column.
+    """
+    heads = [_head(x.head) for x in found]
+    if len(set(heads)) < len(heads):
+        raise ValueError(f"two trainings have one column: {'; '.join(heads)}")
+    cells = _cells(found)
+    columns = []
+    for name, x in zip(heads, found, strict=True):
+        columns.append([name, *(_rate(x, cell, memory) for cell in cells)])
+        scaled = [_scaling(x.rows.get(cell), rows) for cell in cells]
+        if any(text != NOTHING for text in scaled):
+            columns.append([f"{name}: scaling", *scaled])
+    names = zip(labels(cells), (cell.backend for cell in cells), strict=True)
+    lines = [(f"`{label}`", backend) for label, backend in names]
+    first, *others = zip(*columns, strict=True)
+    table = markdown(
+        ("method", "backend", *first),
+        [(*line, *other) for line, other in zip(lines, others, strict=True)],
+        numbers=range(2, 2 + len(columns)),
+    )
+    caption = (
+        f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend"
+        f"{'; memory at the peak of a step' if memory else ''}. "
+        f"`{IDENTITY.name}` is q + k + v in place of attention."
+    )
+    if len(columns) > len(found):
+        caption += " Scaling: tokens/s over those of one process times processes."
+    return "\n".join([*table, "", f"{caption} {_titles(found)}."])
+
+
+def _cells(found: Sequence[Training]) -> list[Cell]:
+    """In the order of every table; what is no attention comes last."""
+    cells = list(dict.fromkeys(cell for x in found for cell in x.cells))
+    methods = in_order(cell.method for cell in cells)
+    return sorted(cells, key=lambda c: (c.method == IDENTITY.name, methods.index(c.method)))
+
+
+def _titles(found: Sequence[Training]) -> str:
+    return "; ".join(dict.fromkeys(title(x.head, length=False) for x in found))
+
+
+def _head(row: Row) -> str:
+    processes = f", {row.world_size} processes" if row.world_size > 1 else ""
+    return f"N = {row.seq_len}{processes}"
+
+
+def _rate(found: Training, cell: Cell, memory: bool, over: Cell | None = None) -> str:
+    """Tokens/s, and over another cell or the fastest dense one; the status where there is none."""
+    row = found.rows.get(cell)
+    rate = row and tokens_per_s(row)
+    if not rate:
+        return row.status if row else NOTHING
+    gain = found.speedup(cell, over)
+    held = f", {row.peak_bytes / 2**30:.1f} GiB" if memory and row.peak_bytes else ""
+    return quantity(rate.y) + (f" ({gain.y:.2f}x)" if gain else "") + held
+
+
+def _scaling(row: Row | None, rows: Sequence[Row]) -> str:
+    share = row and scaling(row, rows)
+    return f"{share:.0%}" if share else NOTHING
+
+
+def aims(found: Sequence[Training]) -> Iterator[str]:
+    """What was aimed at, and what of it was reached."""
+    taken = {
+        x.head.seq_len: x
+        for x in found
+        if (x.head.world_size, x.head.batch * x.head.seq_len) == (1, PROTOTYPE_TOKENS)
+    }
+    lines = [
+        (f"`{method}`", str(n), f"{quantity(aim)}, {kind}", *_reached(taken[n], method, kind, aim))
+        for (method, kind, n), aim in PROTOTYPE.items()
+        if n in taken
+    ]
+    if lines:
+        heads = ("method", "N", "prototype", "the same here", "fastest here")
+        yield "\n".join(markdown(heads, lines, numbers=range(1, 5)))
+        yield (
+            "Aimed at were the tokens/s of an earlier prototype of the same model on an H200 with "
+            "torch 2.11; in brackets what of them was reached, rounded down, on the same kind of "
+            "backend and on the fastest of all."
+        )
+    if AIM_LENGTH in taken and (text := _speedup_aim(taken[AIM_LENGTH])):
+        yield text
+
+
+def _reached(found: Training, method: str, kind: str, aim: float) -> Iterator[str]:
+    timed = [cell for cell in found.cells if cell.method == method and found.us(cell)]
+    for cells in ([cell for cell in timed if cell.backend.startswith(kind)], timed):
+        best = min(cells, key=found.us, default=None)
+        rate = best and tokens_per_s(found.rows[best]).y
+        yield f"{quantity(rate)}, {best.backend} ({_percent(rate / aim)})" if rate else NOTHING
+
+
+def _percent(share: float) -> str:
+    """Rounded down: a hundred is an aim that was reached."""
+    return f"{math.floor(100 * share)}%"
+
+
+def _speedup_aim(found: Training) -> str | None:
+    best = found.best("spattention", None)
+    gain, bound = (best and x(best) for x in (found.speedup, found.amdahl))
+    if not gain:
+        return None
+    text = (
+        f"At N = {AIM_LENGTH} a step with `spattention` ({best.backend}) is {gain.y:.2f} times as "
+        f"fast as the fastest dense one; the aim was {AIM_SPEEDUP}"
+    )
+    if not bound:
+        return f"{text}."
+    return (
+        f"{text}. That is {_percent(gain.y / bound.y)} of what the speed-up of its attention call "
+        f"allows by Amdahl's law; the aim was {AIM_OF_AMDAHL:.0%}."
+    )
+
+
+def paper_setting(found: Sequence[Training]) -> Iterator[str]:
+    """The paper's Table 2: attention not compiled, as released, and compiled, beside its rates."""
+    here = [x for x in found if x.head.seq_len == paper.TABLE_2_ATTENTION.seq_len]
+    columns = [
+        (f"`{backend}`{note}", x, backend)
+        for model, backends, note in (
+            (UNCOMPILED_MODEL, (EAGER, "flex"), ""),
+            (TABLE_2_MODEL, ("flex",), ", the model compiled"),
+        )
+        for x in here
+        if x.head.model == model and x.head.world_size == 1
+        for backend in backends
+        if any(cell.backend == backend for cell in x.cells)
+    ]
+    if not any(x.head.model == UNCOMPILED_MODEL for _, x, _ in columns):
+        return
+    theirs = _paper_rates()
+    methods = in_order(cell.method for _, x, _ in columns for cell in x.cells)
+    methods = [name for name in methods if name in theirs] + [IDENTITY.name]
+    lines = [
+        (f"`{name}`", *(_in_column(x, name, backend) for _, x, backend in columns),
+         theirs.get(name, NOTHING))
+        for name in methods
+    ]  # fmt: skip
+    heads = ("method", *(name for name, *_ in columns), "the paper, 4 x A100")
+    yield "#### The paper's setting"
+    yield "\n".join(markdown(heads, lines))
+    yield (
+        f"Tokens/s; in brackets over `{BASELINE}` in the same column. `{EAGER}` is FlexAttention "
+        "as the released code calls it, not compiled, and `flex` the same call compiled, in a "
+        f"model that is not. `{IDENTITY.name}`, q + k + v in place of attention, is the ceiling: "
+        f"no attention gets above it. {_titles([x for _, x, _ in columns])}."
+    )
+
+
+def _paper_rates() -> dict[str, str]:
+    """Preset -> the paper's tokens/s under its name, and over Standard's."""
+    rates = paper.TABLE_2.column("tok/s")
+    return {
+        method: f"{rates[name]} ({rates[name] / rates['Standard']:.2f}x)"
+        for reading in paper.READINGS.values()
+        for name, method in reading.items()
+    }
+
+
+def _in_column(found: Training, method: str, backend: str) -> str:
+    own = IDENTITY.name if method == IDENTITY.name else backend
+    cells = {(cell.method, cell.backend): cell for cell in found.cells}
+    if (cell := cells.get((method, own))) is None:
+        return NOTHING
+    # Never over another column's: the fastest dense step is seldom of this backend.
+    over = cells.get((BASELINE, backend))
+    if over is None or not found.us(over):
+        rate = tokens_per_s(found.rows[cell])
+        return quantity(rate.y) if rate else found.rows[cell].status
+    return _rate(found, cell, memory=False, over=over)
+
+
+def loss_tables(found: Sequence[Training], results: Path, plots: Path) -> Iterator[str]:
+    """Whether each method's loss falls on a text, and whose words that is."""
+    for x in found:
+        cells = [cell for cell in _cells([x]) if cell.method != IDENTITY.name]
+        lines = [
+            (f"`{label}`", cell.backend, *_fall(x.rows[cell]))
+            for label, cell in zip(labels(cells), cells, strict=True)
+        ]
+        yield from pictures([x], "loss", "Loss over steps", plots)
+        heads = ("method", "backend", "first steps", "last steps", "falls")
+        yield "\n".join(markdown(heads, lines, numbers=(2, 3)))
+        steps = {ends.steps for row in x.rows.values() if (ends := fall(row))}
+        yield (
+            f"Mean losses of the first and the last {', '.join(map(str, sorted(steps)))} steps "
+            "after the warm-up, from the same seed; one falls where the last lies below the first "
+            f"by three standard errors. {title(x.head)}.{_sources(x.head.data, results)}"
+        )
+
+
+def _fall(row: Row) -> tuple[str, str, str]:
+    ends = fall(row)
+    if row.status != "ok" or ends is None:
+        return NOTHING, NOTHING, "; ".join(remarks(row)) or "too few steps to tell"
+    return f"{ends.first:.3f}", f"{ends.last:.3f}", "yes" if ends.clear else "**no**"
+
+
+def _sources(data: str, results: Path) -> str:
+    """The packages that a text of docstrings is made of; nothing of another text."""
+    path = results / "docstrings.sources.csv"
+    sources = read_table(path, Source) if path.exists() else []
+    content = data.rpartition("@")[2]
+    own = [x for x in sources if x.text.rpartition("@")[2] == content]
+    told = ", ".join(f"{x.package} {x.version} ({x.licence})" for x in own)
+    return f" The text is the docstrings of {told}." if own else ""
+
+
+def pictures(found: Sequence[Training], kind: str, alt: str, plots: Path) -> list[str]:
+    """The pictures of one kind that runs have drawn."""
+    places = dict.fromkeys(f"{x.head.run}/{figure_name(kind, x.head)}.png" for x in found)
+    root = plots.parent.parent
+    return [f"![{alt}]({(plots / place).relative_to(root)})"
+            for place in places if (plots / place).exists()]  # fmt: skip

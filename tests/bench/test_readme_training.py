@@ -1,0 +1,194 @@
+"""The README's tables of training, from rows with made-up figures."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from bench.docstrings import Source
+from bench.readme_training import PROTOTYPE, aims, latest, model_table, training
+from bench.tables import write_table
+from bench.train_figures import draw_training
+from bench.trainings import trainings
+from tests.bench.rows import make_row
+from tests.bench.training import table2_step as step
+
+TWO, LONG = {"world_size": 2}, {"batch": 1, "seq_len": 4096}
+
+
+def lines(markdown):
+    """Name and backend (or name alone) of a line -> its cells by heading."""
+    heads, _, *rest = (
+        [x.strip() for x in line.strip("|").split("|")]
+        for line in markdown.split("\n")
+        if line.startswith("|")
+    )
+    assert all(len(line) == len(heads) for line in rest)
+    found = {tuple(line[:2]): dict(zip(heads, line, strict=True)) for line in rest}
+    assert len(found) == len(rest)
+    return found
+
+
+def tabled(rows, **options):
+    return model_table(latest(trainings(rows)), rows, **options)
+
+
+def test_training_is_over_the_fastest_dense_step_of_its_column():
+    text = tabled([
+        step(us=800.0, **TWO), step("spattention", us=200.0, **TWO),
+        step(us=200.0, **LONG), step("spattention", us=None, status="oom", **LONG),
+        step("mine", us=400.0, **LONG),
+        step(us=400.0), step(backend="sdpa-cudnn"), step("identity", "identity", 50.0),
+        step("spattention", us=80.0), step("longformer", us=125.0),
+    ])  # fmt: skip
+    found = lines(text)
+    columns = ["N = 1024", "N = 4096", "N = 1024, 2 processes", "N = 1024, 2 processes: scaling"]
+    cells = {name: [line[head] for head in columns] for name, line in found.items()}
+    assert list(cells.items()) == [
+        (("`standard`", "flex"), ["10.2 M (0.25x)", "20.5 M (1.00x)", "10.2 M (1.00x)", "50%"]),
+        (("`standard`", "sdpa-cudnn"), ["41.0 M (1.00x)", "-", "-", "-"]),
+        (("`spattention`", "flex"), ["51.2 M (1.25x)", "oom", "41.0 M (4.00x)", "40%"]),
+        (("`longformer`", "flex"), ["32.8 M (0.80x)", "-", "-", "-"]),
+        (("`mine`", "flex"), ["-", "10.2 M (0.50x)", "-", "-"]),
+        (("`identity`", "identity"), ["81.9 M (2.00x)", "-", "-", "-"]),
+    ]
+    assert list(found["`standard`", "flex"])[2:] == columns
+    assert text.endswith(
+        "Scaling: tokens/s over those of one process times processes. "
+        "table2 · 4096 tokens a step · bfloat16 · Chip X; "
+        "table2 · 8192 tokens a step · 2 processes · bfloat16 · Chip X."
+    )
+
+
+def test_two_processes_without_one_have_no_column_of_scaling():
+    text = tabled([step(us=800.0, **TWO)])
+    assert "caling" not in text and "10.2 M (1.00x)" in text
+
+
+def test_a_training_without_a_dense_step_has_rates_alone_and_memory_where_it_is_asked_for():
+    rows = [step("spattention", peak_bytes=3 << 29)]
+    name = "`spattention`", "flex"
+    assert lines(tabled(rows))[name]["N = 1024"] == "41.0 M"
+    assert lines(tabled(rows, memory=True))[name]["N = 1024"] == "41.0 M, 1.5 GiB"
+
+
+def test_trainings_that_a_column_cannot_tell_apart_are_refused():
+    with pytest.raises(ValueError, match="two trainings have one column: N = 1024; N = 1024"):
+        tabled([step(), step(batch=8)])
+
+
+def test_of_two_recipes_the_last_measured_counts():
+    later = {"time_utc": "2026-02-01T00:00:00Z"}
+    rows = [step(us=50.0, recipe="steps=30", **later), step(recipe="steps=9")]
+    assert "81.9 M" in tabled(rows) and "41.0 M" not in tabled(rows)
+
+
+def page(rows, folder):
+    (folder / "plots" / "h200").mkdir(parents=True, exist_ok=True)
+    (folder / "results").mkdir(exist_ok=True)
+    return training(rows, folder / "results", folder / "plots" / "h200")
+
+
+def test_every_model_has_its_table_and_the_papers_comes_first(tmp_path):
+    olmoe = {"model": "olmoe-1b-7b recomputing", "peak_bytes": 60 << 30}
+    text = page([step(**olmoe), step("spattention", us=50.0, **olmoe), step()], tmp_path)
+    first, second = text.split("#### `olmoe-1b-7b recomputing`")
+    assert "| `standard` | flex | 41.0 M (1.00x) |" in first and "olmoe" not in first
+    assert "| `spattention` | flex | 81.9 M (2.00x), 60.0 GiB |" in second
+    assert "####" not in page([step()], tmp_path) and "![" not in text
+
+
+def test_pictures_stand_there_once_they_are_drawn(tmp_path):
+    rows = [step(**size) for size in ({}, LONG)]
+    draw_training(rows, tmp_path / "plots" / "h200" / "test")
+    (link,) = re.findall(r"!\[.*\]\((.*)\)", page(rows, tmp_path))
+    assert link == "plots/h200/test/training_speedup_table2_1_4096.png"
+    assert (tmp_path / link).exists()
+
+
+def test_the_papers_setting_is_beside_its_rates(tmp_path):
+    released = {"model": "table2 uncompiled"}
+    text = page([
+        step(backend="eager", us=400.0, **released), step(us=200.0, **released),
+        step("spattention_released", "eager", us=800.0, **released),
+        step("spattention_released", us=100.0, **released),
+        step("identity", "identity", us=50.0, **released), step(us=80.0),
+        step("spattention", us=64.0), step("sliding_window", us=64.0),
+    ], tmp_path)  # fmt: skip
+    _, text = text.split("#### The paper's setting")
+    table = lines(text)
+    heads = ["`eager`", "`flex`", "`flex`, the model compiled", "the paper, 4 x A100"]
+    cells = {name: [line[head] for head in heads] for (name, _), line in table.items()}
+    assert cells == {
+        "`standard`": ["10.2 M (1.00x)", "20.5 M (1.00x)", "51.2 M (1.00x)", "3214 (1.00x)"],
+        "`spattention`": ["-", "-", "64.0 M (1.25x)", "6167 (1.92x)"],
+        "`spattention_released`": ["5.12 M (0.50x)", "41.0 M (2.00x)", "-", "6167 (1.92x)"],
+        "`identity`": ["81.9 M (8.00x)", "81.9 M (4.00x)", "-", "-"],
+    }
+    assert "table2 uncompiled" in text.splitlines()[-1]
+    assert "paper" not in page([step()], tmp_path)
+
+
+def test_what_was_aimed_at_is_said_with_what_was_reached():
+    size = {"batch": 32, "seq_len": 1024}
+    long = {"batch": 1, "seq_len": 32768}
+    rows = [
+        step(backend="sdpa-cudnn", us=62000.0, **size), step(us=70000.0, **size),
+        step("spattention", us=62500.0, **size), step("spattention", "varlen", 60000.0, **size),
+        step(us=200_000.0, attention_us=120.0, other_us=80.0, **long),
+        step("spattention", us=100_000.0, **long),
+        make_row(method="standard", median_us=60.0, **long),
+        make_row(method="spattention", median_us=10.0, **long),
+    ]  # fmt: skip
+    table, said, text = aims(trainings(rows))
+    _, *found = table.splitlines()[1:]
+    assert found[:4] == [
+        "| `standard` | 1024 | 526 k, sdpa | "
+        + " | ".join(2 * ["529 k, sdpa-cudnn (100%)"])
+        + " |",
+        "| `standard` | 1024 | 505 k, flex | 468 k, flex (92%) | 529 k, sdpa-cudnn (104%) |",
+        "| `spattention` | 1024 | 554 k, flex | 524 k, flex (94%) | 546 k, varlen (98%) |",
+        "| `spattention_released` | 1024 | 523 k, flex | - | - |",
+    ]
+    assert len(found) == sum(n in (1024, 32768) for *_, n in PROTOTYPE) and "prototype" in said
+    assert text == (
+        "At N = 32768 a step with `spattention` (flex) is 2.00 times as fast as the fastest dense "
+        "one; the aim was 2.2. That is 100% of what the speed-up of its attention call allows by "
+        "Amdahl's law; the aim was 95%."
+    )
+    assert list(aims(trainings([step(us=1.0, **TWO), step(**LONG)]))) == []
+
+
+def learned(method, losses, **changes):
+    samples = ";".join("100" for _ in losses)
+    told = {"data": "docstrings.txt@0badcafe", "samples_us": samples}
+    return step(method, losses=";".join(map(str, losses)), **told | changes)
+
+
+def test_losses_on_a_text_are_judged_and_its_words_have_owners(tmp_path):
+    rows = [
+        learned("standard", [5 - 0.1 * k for k in range(30)]),
+        learned("spattention", [5 + 0.1 * (k % 2) for k in range(30)]),
+        step("longformer", us=None, status="mismatch", reason="the loss of step 7 is no number",
+             losses=None, data="docstrings.txt@0badcafe"),
+        learned("identity", [5 - 0.1 * k for k in range(30)]),
+    ]  # fmt: skip
+    rows[-1] = replace(rows[-1], backend="identity")
+    heading, table, told = page(rows, tmp_path).split("\n\n")
+    assert heading == "#### A text"
+    assert table.splitlines()[2:] == [
+        "| `standard` | flex | 4.900 | 2.200 | yes |",
+        "| `spattention` | flex | 5.033 | 5.067 | **no** |",
+        "| `longformer` | flex | - | - | mismatch, the loss of step 7 is no number |",
+    ]
+    assert "the first and the last 3 steps" in told and "packages" not in told
+    source = Source(text="docstrings.txt@0badcafe", package="torch", version="9", licence="BSD-3",
+                    characters=1)  # fmt: skip
+    path = tmp_path / "results" / "docstrings.sources.csv"
+    write_table(path, [source, replace(source, package="numpy")], Source)
+    assert page(rows, tmp_path).endswith("docstrings of torch 9 (BSD-3), numpy 9 (BSD-3).")
+    write_table(path, [replace(source, text="docstrings.txt@00000000")], Source)
+    assert page(rows, tmp_path).endswith("\n\n" + told)
+    draw_training(rows, tmp_path / "plots" / "h200" / "test")
+    (link,) = re.findall(r"!\[.*\]\((.*)\)", page(rows, tmp_path))
+    assert (tmp_path / link).exists() and "training_loss_table2_1_4096_docstrings_1024" in link
