@@ -9,7 +9,7 @@ from statistics import mean
 from bench import paper
 from bench.compare import LIMIT
 from bench.complexity import Complexity
-from bench.paper_claims import MADE_BY, Results, claims, percent, times, untrained_entropy
+from bench.paper_claims import Results, claims, percent, shown, times, untrained_entropy
 from bench.paper_figures import FIGURE_2_HEAD
 from bench.paper_speeds import ATTENTION_ALONE, EAGER, NOT_MEASURED, Point, Throughput
 from bench.report import quantity
@@ -208,11 +208,10 @@ def _throughput(lines: Sequence[Throughput]) -> Iterator[str]:
         f"The paper: {paper.TABLE_2.setting}; training. As published: the methods of the papers "
         "that the names come from. As released: the masks of Harry-Miral/MEHC."
     )
-    for measured in MADE_BY:
+    for measured, found in shown(lines):
         yield ""
         yield f"### By {measured}"
         yield ""
-        found = [x for x in lines if x.measured == measured]
         if found:
             yield from _one_throughput(found)
         else:

@@ -129,7 +129,7 @@ def fullest(found: Sequence[list[Throughput]]) -> list[Throughput]:
     """Training steps and attention alone, each from the file that measured most of its lines."""
     tables = (
         [[x for x in lines if x.measured == measured] for lines in found]
-        for measured in TOKENS_FROM.values()
+        for measured in TOKENS_FROM
     )
     return [
         line

@@ -9,7 +9,7 @@ from itertools import permutations
 from bench.compare import verdict
 from bench.derived import BASELINE, Board, Cell, boards, compare, problem_of
 from bench.paper import MICRO_BENCHMARK, READINGS, TABLE_2_ATTENTION
-from bench.record import CLOCKS, Row
+from bench.record import CLOCKS, STEP, Row
 from bench.specs import parameters_text
 from bench.stats import Ratio
 from bench.step_attention import trains
@@ -19,9 +19,15 @@ BACKEND = "flex"  # of Table 2: the one that runs every method
 EAGER = "eager"  # FlexAttention as the released code calls it
 POINT_METHODS = tuple(reading["SPAttention"] for reading in READINGS.values())
 TRAINING, ATTENTION_ALONE = "a training step", "attention alone"
+AS_RELEASED = "a training step, FlexAttention not compiled"
 TABLE_2_MODEL = "table2"  # of `train`
 UNCOMPILED_MODEL = f"{TABLE_2_MODEL} uncompiled"  # by --no-compiled
-TOKENS_FROM = {"step": TRAINING, "fwd_bwd": ATTENTION_ALONE}  # phase -> what it measures
+# What tokens/s are measured by -> phase, model and backend of its rows.
+TOKENS_FROM = {
+    TRAINING: (STEP, TABLE_2_MODEL, BACKEND),
+    AS_RELEASED: (STEP, UNCOMPILED_MODEL, EAGER),
+    ATTENTION_ALONE: ("fwd_bwd", None, BACKEND),
+}
 NOT_MEASURED = "not measured"
 
 
@@ -61,7 +67,7 @@ class Throughput:
     Attributes:
         reading: "as published" or "as released" (the stand-ins).
         name, method: the paper's name, and the preset.
-        measured: "a training step", or "attention alone".
+        measured: a key of TOKENS_FROM.
         processes, tokens: GPUs, and tokens of one step or call on all of them.
         data: of training: "random", or the name of a text.
         common_rounds: whether the samples of all methods come from the same rounds.
@@ -131,7 +137,8 @@ def _point(board: Board, cell: Cell, source: str) -> Point | None:
 
 
 def throughput(rows: Sequence[Row], source: str) -> list[Throughput]:
-    """Table 2 by training steps, then by attention alone, each in both readings.
+    """Table 2 by training steps, compiled and as released, and by attention alone, each in both
+    readings.
 
     There are no lines where `standard` was not timed at its shape. A training step is one of the
     paper's own model, on the most processes that it ran on.
@@ -139,15 +146,22 @@ def throughput(rows: Sequence[Row], source: str) -> list[Throughput]:
     timed = [
         r
         for r in rows
-        if r.backend == BACKEND and _is_at(r, TABLE_2_ATTENTION) and _is_preset(r)
-        and r.model in (None, TABLE_2_MODEL)
+        if _is_at(r, TABLE_2_ATTENTION) and _is_preset(r)
     ]  # fmt: skip
     return [
         line
-        for phase in TOKENS_FROM
-        if (run := _best_run([row for row in timed if row.phase == phase]))
+        for measured, (phase, model, backend) in TOKENS_FROM.items()
+        if (
+            run := _best_run(
+                [
+                    row
+                    for row in timed
+                    if (row.phase, row.backend) == (phase, backend) and row.model in (None, model)
+                ]
+            )
+        )
         for reading in READINGS
-        for line in _reading(reading, run, source)
+        for line in _reading(reading, measured, run, source)
     ]
 
 
@@ -182,7 +196,9 @@ def _is_preset(row: Row) -> bool:
     return preset is not None and row.params in (None, parameters_text(preset))
 
 
-def _reading(reading: str, run: Mapping[str, Row], source: str) -> Iterator[Throughput]:
+def _reading(
+    reading: str, measured: str, run: Mapping[str, Row], source: str
+) -> Iterator[Throughput]:
     names, base = READINGS[reading], run[BASELINE]
     timed = {m: run[m] for m in names.values() if m in run and run[m].status == "ok"}
     ranks = _ranks(timed) if len(timed) == len(names) else {}
@@ -190,13 +206,13 @@ def _reading(reading: str, run: Mapping[str, Row], source: str) -> Iterator[Thro
     for name, method in names.items():
         line = {
             "device": base.device, "torch": base.torch, "source": source, "reading": reading,
-            "name": name, "method": method, "measured": TOKENS_FROM[base.phase],
+            "name": name, "method": method, "measured": measured,
             "backend": base.backend, "clock": base.clock, "processes": base.world_size or 1,
             "tokens": tokens, "data": base.data,
             "common_rounds": all(row.rounds for row in timed.values()),
         }  # fmt: skip
         if method not in timed:
-            yield Throughput(**line, reason=_reason(run.get(method), method, base.phase))
+            yield Throughput(**line, reason=_reason(run.get(method), method, measured))
             continue
         speed = None if method == BASELINE else _speed(timed[method], base)
         low, high = ranks.get(method, (None, None))
@@ -220,10 +236,10 @@ def _ranks(rows: Mapping[str, Row]) -> dict[str, tuple[int, int]]:
     return {method: (low, high) for method, (low, high) in ranks.items()}
 
 
-def _reason(row: Row | None, method: str, phase: str) -> str:
+def _reason(row: Row | None, method: str, measured: str) -> str:
     if row is not None:
         return row.status
-    cannot = trains(METHODS[method]) if TOKENS_FROM[phase] == TRAINING else None
+    cannot = trains(METHODS[method]) if measured != ATTENTION_ALONE else None
     return f"{NOT_MEASURED}: {cannot}" if cannot else NOT_MEASURED
 
 

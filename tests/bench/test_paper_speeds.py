@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from bench.paper_claims import MADE_BY, TRAIN, order, times
+from bench.paper_claims import MADE_BY, TRAIN, TRAIN_AS_RELEASED, order, shown, times
 from bench.paper_speeds import micro_benchmark, throughput
 from bench.train import Train
 from run_bench import _parse
@@ -189,6 +189,29 @@ def test_the_command_behind_training_steps_is_one_that_runs():
     }  # fmt: skip
     assert (command.seq_len, command.tokens, command.backends) == ((1024,), 32768, ("flex",))
     assert command.run.startswith("train")  # `paper` looks for such files
+
+
+def test_steps_as_the_released_code_attends_are_a_table_of_their_own():
+    eager = {"phase": "step", "seq_len": 1024, "backend": "eager", "clock": "host"}
+    released = eager | {"model": "table2 uncompiled"}
+    rows = table_2_rows("step", standard=1000, spattention=800)
+    assert [measured for measured, _ in shown(throughput(rows, "x.csv"))] == [
+        "a training step", "attention alone"
+    ]  # fmt: skip
+    rows += [
+        make_row(method="standard", median_us=100.0, **released),
+        make_row(method="spattention_released", median_us=300.0, **released),
+        make_row(method="spattention", median_us=1.0, **eager | {"model": "table2"}),
+    ]
+    found = dict(shown(throughput(rows, "x.csv")))
+    lines = found["a training step, FlexAttention not compiled"]
+    own = {x.method: x.ratio for x in lines if not x.reason}
+    assert own == {"standard": 1.0, "spattention_released": pytest.approx(1 / 3)}
+    assert {x.backend for x in lines} == {"eager"} and len(lines) == 10
+    assert {x.ratio for x in found["a training step"] if x.name == "SPAttention"} >= {1.25}
+    command = _parse(TRAIN_AS_RELEASED.split()[1:])
+    assert isinstance(command, Train) and not command.compiled
+    assert command.backends == ("eager", "flex") and command.run.startswith("train")
 
 
 def test_a_ratio_is_written_with_its_interval():
