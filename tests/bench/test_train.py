@@ -25,7 +25,7 @@ from bench.models import MODELS, model_of_file
 from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import ROOT, Store, read_rows
 from bench.steps import World, run_job
-from bench.trainings import trainings
+from bench.trainings import scaling, trainings
 from tests.bench.rows import make_row
 from tests.bench.training import (
     CPU,
@@ -300,18 +300,28 @@ FATAL = Fatal()
 """
 
 
+def command(config, folder, *arguments):
+    return [
+        str(ROOT / "run_bench.py"), "train", "--model-config", str(config), "--backends",
+        "blockwise", "--seq-len", "64", "--tokens", "64", "--steps", "3", "--warmup", "1",
+        "--no-compiled", "--device", "cpu", "--output", str(folder), *arguments,
+    ]  # fmt: skip
+
+
+def on_two(*arguments):
+    """What torchrun has two processes do."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*start, *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
 def test_two_processes_train_together_and_one_that_dies_is_a_row(tmp_path):
     (tmp_path / "mine.py").write_text(FATAL)
     config = config_file(tmp_path, LLAMA)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--",
-        str(ROOT / "run_bench.py"), "train", "--model-config", str(config), "--methods",
-        f"{tmp_path / 'mine.py'}:FATAL", "--backends", "blockwise", "--seq-len", "64",
-        "--tokens", "64", "--steps", "3", "--warmup", "1", "--no-compiled", "--device", "cpu",
-        "--run", "two", "--output", str(tmp_path),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    fatal = "--methods", f"{tmp_path / 'mine.py'}:FATAL", "--run", "two"
+    done = on_two(*command(config, tmp_path, *fatal))
     assert done.returncode != 0 and "2 processes, DDP" in done.stdout, done.stderr[-2000:]
     rows = [x for x in read_rows(Path(tmp_path / "results/two.csv")) if x.phase == "step"]
     standard, fatal = rows
@@ -319,3 +329,20 @@ def test_two_processes_train_together_and_one_that_dies_is_a_row(tmp_path):
     assert all(math.isfinite(loss) for loss in losses(standard))
     assert (fatal.method, fatal.status, fatal.world_size) == ("fatal", "crash", 2)
     assert "rank 1: the process was ended by SIGKILL" in fatal.reason
+
+
+def test_two_processes_go_on_with_the_run_of_one_and_show_how_they_scale(
+    tmp_path, in_this_process
+):
+    given = command(config_file(tmp_path, LLAMA), tmp_path, "--methods", "standard", "--run", "a")
+    assert run_bench.main(given[1:]) == 0
+    done = on_two(*given, "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [x for x in read_rows(tmp_path / "results/a.csv") if x.phase == "step"]
+    assert [(x.method, x.world_size) for x in rows] == [
+        (method, size) for size in (1, 2) for method in ("standard", "identity")
+    ]
+    shares = [scaling(row, rows) for row in rows]
+    assert shares[:2] == [None, None] and all(share > 0 for share in shares[2:])
+    assert "scaling" in done.stdout and f"{shares[2]:.1%}" in done.stdout
+    assert all(row.attention_us is None for row in rows)

@@ -1,6 +1,7 @@
 """Training steps on a CUDA device: compiled, flex inside the graph, the split by kernel."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +57,19 @@ def test_a_step_is_timed_and_split(method, backend, compiled):
     assert row.peak_bytes > 2 * row.parameters and row.matmul_tflop_s > 0
     assert row.other_us > 0
     assert (row.attention_us > 0) == (method != "identity")
+
+
+def test_a_mixture_of_experts_trains_with_flex_inside_layers_that_recompute():
+    config = {
+        "model_type": "olmoe", "hidden_size": 256, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 512,
+    }  # fmt: skip
+    model = replace(SMALL, config=config)
+    (device, host), row = trained("spattention", "flex", model, checkpointing=True)
+    assert (device.status, host.status, row.dtype) == ("ok", "ok", "bfloat16")
+    assert row.parameters > 2 * 8 * 3 * 256 * 128
+    assert row.attention_us > 0 and row.other_us > 0
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
