@@ -158,8 +158,9 @@ def test_a_loss_falls_where_its_ends_differ_by_more_than_their_noise():
     assert falling.first == pytest.approx(4.97 + sum(NOISE[:4]) / 4)
     flat = fall(learning([5 + x for x in NOISE]))
     rising = fall(learning([5 + 0.02 * k + NOISE[k] for k in range(40)]))
-    slight = fall(learning([5 - 0.0002 * k + NOISE[k] for k in range(40)]))
-    assert not (flat.clear or rising.clear or slight.clear) and rising.last > rising.first
+    slight = fall(learning([5 - 0.0004 * k + NOISE[k] for k in range(40)]))
+    assert not (flat.clear or rising.clear or slight.clear)
+    assert rising.last > rising.first and slight.last < slight.first
     discarded = learning([5 - 0.02 * k + NOISE[k] for k in range(40)], discarded=10,
                          samples_us=";".join(["100"] * 30))  # fmt: skip
     assert fall(discarded) == falling
