@@ -323,12 +323,10 @@ class Bench:
             self._add_device_sampler(prepared, phase, calls)
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
 
-    def _add_device_sampler(
-        self, prepared: Prepared, phase: str, calls: Sequence[timing.Call]
-    ) -> None:
-        sets = {"device": len(calls), "kernels": 1}  # of inputs, which a sampler goes round
+    def _add_device_sampler(self, prepared: Prepared, phase: str, calls: list[Callable]) -> None:
+        clock, sets = "device", len(calls)
         try:
-            sampler, clock = timing.device_sampler(calls, self.device), "device"
+            sampler = timing.device_sampler(calls, self.device)
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
@@ -336,10 +334,10 @@ class Bench:
             prepared.uncaptured[phase] = f"no graph: {one_line(error)}"
             if not self.group.cupti:
                 return
-            sampler, clock = timing.Span(calls[0], self.device), "kernels"
+            clock, sets, sampler = "kernels", 1, timing.Span(calls[0], self.device)
         prepared.samplers[phase, clock] = sampler
         if phase in FLOPS_PER_PAIR:
-            prepared.cold[phase, clock] = self._cold_bytes(prepared, phase, sets[clock])
+            prepared.cold[phase, clock] = self._cold_bytes(prepared, phase, sets)
 
     def _cold_bytes(self, prepared: Prepared, phase: str, sets: int) -> float:
         """Of a call; calls go round so many sets of inputs."""
