@@ -196,7 +196,8 @@ def _tiles(p: Problem, block_size: tuple[int, int]) -> dict[str, int | str] | No
 
     A tile must divide its block, and in the backward M1 must divide N1 and N2 must divide M2;
     torch has one default configuration, made for blocks of 128. For float32 it multiplies without
-    tensor cores; three TF32 products are as exact, and leave room for larger tiles backward.
+    tensor cores; three TF32 products are as exact, and are fastest in tiles of 32 rows: of those
+    tried on an H200 at head dim 128, by 1.2 times forward and 1.4 backward over torch's own.
     """
     rows, keys = block_size
     small, options = min(32, rows, keys), {}
@@ -207,6 +208,11 @@ def _tiles(p: Problem, block_size: tuple[int, int]) -> dict[str, int | str] | No
             "bwd_BLOCK_M2": min(64, rows), "bwd_BLOCK_N2": small,
         }  # fmt: skip
     if p.dtype == "float32" and p.head_dim <= 128 and _three_tf32():
+        if p.seq_len >= 128:  # fewer queries have a kernel of their own
+            options |= {
+                "fwd_BLOCK_M": small, "fwd_BLOCK_N": min(64, keys),
+                "fwd_num_warps": 4, "fwd_num_stages": 2,
+            }  # fmt: skip
         options |= {
             "bwd_BLOCK_M1": small, "bwd_BLOCK_N1": small, "bwd_BLOCK_M2": small,
             "bwd_BLOCK_N2": small, "bwd_num_warps": 4, "bwd_num_stages": 1,

@@ -107,22 +107,33 @@ def test_what_no_graph_could_hold_says_why(span, slowed):
     assert (found["host"].status, found["host"].median_us) == ("ok", 5.0)
 
 
-@pytest.mark.parametrize(("cupti", "clocks"), [(True, ["kernels", "host"]), (False, ["host"])])
+@pytest.mark.parametrize(("cupti", "clocks"), [(True, ["kernels"]), (False, [])])
 def test_cupti_times_what_no_graph_can_hold_only_where_it_may(monkeypatch, cupti, clocks):
     def waits(calls, device):
         raise RuntimeError("it waits")
 
     monkeypatch.setattr(measure.timing, "device_sampler", waits)
-    monkeypatch.setattr(measure.timing, "host_sampler", lambda call, device: call)
     monkeypatch.setattr(measure, "raise_if_lost", lambda device: None)
     prepared = Prepared(GROUP.cells[0], METHODS["standard"])
-    group, x = replace(GROUP, cupti=cupti), torch.ones(1)
     bench = SimpleNamespace(
-        group=group, device=torch.device("cuda:0"), _inputs=lambda method: [(x, x, x, x)]
-    )
-    measure.Bench._add_samplers(bench, prepared, lambda q, k, v: (q, None), "fwd")
+        group=replace(GROUP, cupti=cupti), device=torch.device("cuda:0"),
+        _cold_bytes=lambda prepared, phase, sets: sets,
+    )  # fmt: skip
+    measure.Bench._add_device_sampler(bench, prepared, "fwd", [lambda: None] * 3)
     assert [clock for _, clock in prepared.samplers] == clocks
     assert prepared.uncaptured == {"fwd": "no graph: RuntimeError: it waits"}
+    assert prepared.cold == dict.fromkeys(prepared.samplers, 1)
+
+
+def test_a_graph_goes_round_every_set_of_inputs(monkeypatch):
+    monkeypatch.setattr(measure.timing, "device_sampler", lambda calls, device: len(calls))
+    prepared = Prepared(GROUP.cells[0], METHODS["standard"])
+    bench = SimpleNamespace(
+        group=GROUP, device=torch.device("cuda:0"),
+        _cold_bytes=lambda prepared, phase, sets: sets,
+    )  # fmt: skip
+    measure.Bench._add_device_sampler(bench, prepared, "fwd", [lambda: None] * 3)
+    assert prepared.samplers == prepared.cold == {("fwd", "device"): 3}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """attend: every method through its executors, and what a compiled cell costs and refuses."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -232,3 +233,22 @@ def test_no_backward_of_flex_on_a_cpu_is_said():
     q, k, v = tensors(grad=True)
     with pytest.raises(ValueError, match="no backward on a CPU"):
         attend(q, k, v, backend="flex")
+
+
+@pytest.mark.parametrize("block_size", [(128, 128), (64, 64), (16, 16), (64, 128), (256, 32)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_tiles_divide_blocks_and_one_another(block_size, dtype, monkeypatch):
+    module = sys.modules["methods.attend"]
+    monkeypatch.setattr(module, "_three_tf32", lambda: True)
+    tiles = module._tiles(Problem(seq_len=1024, head_dim=64, dtype=dtype), block_size) or {}
+    rows, keys = block_size
+    for whole, parts in (
+        (rows, ("fwd_BLOCK_M", "bwd_BLOCK_M1", "bwd_BLOCK_M2")),
+        (keys, ("fwd_BLOCK_N", "bwd_BLOCK_N1", "bwd_BLOCK_N2")),
+    ):
+        assert all(whole % tiles.get(part, 1) == 0 for part in parts)
+    assert tiles.get("bwd_BLOCK_N1", 1) % tiles.get("bwd_BLOCK_M1", 1) == 0
+    assert tiles.get("bwd_BLOCK_M2", 1) % tiles.get("bwd_BLOCK_N2", 1) == 0
+    assert (tiles == {}) == (dtype == "bfloat16" and block_size == (128, 128))
+    short = module._tiles(Problem(seq_len=100, head_dim=64, dtype="float32"), (128, 128))
+    assert not any(name.startswith("fwd_") for name in short)
