@@ -42,6 +42,7 @@ class Finding:
         keys_equal: whether every row of an undisturbed run is there exactly once.
         orphans: processes of the disturbed run that were left after it.
         note: what was wrong, or why it was not done.
+        code: of the suite, as most rows have it.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Finding:
     orphans: int = 0
     passed: bool = False
     note: str = ""
+    code: str = ""
 
 
 class Run:
@@ -271,6 +273,7 @@ class Case:
             statuses=" ".join(f"{name}:{n}" for name, n in sorted(statuses.items())),
             lines_lost=len(lost), keys_equal=equal, orphans=orphans,
             passed=equal and not lost and not orphans and not wrong, note="; ".join(wrong),
+            code=Counter(row["code"] for row in rows).most_common(1)[0][0] if rows else "",
         )  # fmt: skip
 
     def right_statuses(self, rows: list[Line]) -> bool:
