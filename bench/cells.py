@@ -66,7 +66,8 @@ class Prepared:
     Attributes:
         kept: block lists and what else a captured graph reads by its address.
         refused: by phase, the status and the reason of what is not timed.
-        uncaptured: by phase, why no graph could hold it: CUPTI timed it, or the host alone.
+        uncaptured: by phase, why no graph could hold it: CUPTI timed it, or the host alone; of a
+            step, why CUPTI did not.
         cold: by phase and clock of a device, bytes that a call must move, as `cold_bytes` has it.
     """
 
@@ -134,7 +135,8 @@ def _row(
     values |= prepared.facts | (ceilings._asdict() if ceilings else {})
     if phase == "layout":
         values["peak_bytes"] = prepared.layout_bytes
-    graphless = _uncaptured(prepared, phase) if clock != "host" else None
+    told = clock != "host" or phase == STEP
+    graphless = _uncaptured(prepared, phase) if told else None
     sound = "unsupported" if graphless and clock == "device" else "ok", graphless
     values["status"], values["reason"] = prepared.refused.get(phase, sound)
     if series := prepared.series.get((phase, clock)):

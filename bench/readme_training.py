@@ -9,6 +9,7 @@ from pathlib import Path
 from bench import paper
 from bench.derived import BASELINE, Cell, in_order
 from bench.docstrings import Source
+from bench.figures import Value
 from bench.paper_speeds import EAGER, TABLE_2_MODEL, UNCOMPILED_MODEL
 from bench.record import Row
 from bench.report import NOTHING, labels, quantity
@@ -16,7 +17,7 @@ from bench.step_attention import IDENTITY
 from bench.tables import markdown, read_table
 from bench.train_figures import figure_name
 from bench.train_report import remarks, title
-from bench.trainings import Training, fall, scaling, tokens_per_s, trainings
+from bench.trainings import SPLIT, Training, fall, missed, scaling, tokens_per_s, trainings
 
 # Tokens/s of the same model in steps of 32768 tokens, by method, kind of backend and N: the least
 # that an earlier prototype reached on one H200 (driver 580.159, torch 2.11.0, Triton 3.6).
@@ -57,7 +58,7 @@ def training(rows: Sequence[Row], results: Path, plots: Path) -> str:
 
 def latest(found: Sequence[Training]) -> list[Training]:
     """Of trainings that differ in their recipe alone, the one measured last; by N and so on."""
-    by_time = sorted(found, key=lambda x: max(row.time_utc for row in x.rows.values()))
+    by_time = sorted(found, key=lambda x: x.measured)
     kept = {_column(x.head): x for x in by_time}
     return sorted(kept.values(), key=lambda x: (x.head.world_size, x.head.seq_len))
 
@@ -73,7 +74,7 @@ def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = F
     Raises:
         ValueError: two trainings would have one column.
     """
-    heads = [_head(x.head) for x in found]
+    heads = [_head(x.head, found) for x in found]
     if len(set(heads)) < len(heads):
         raise ValueError(f"two trainings have one column: {'; '.join(heads)}")
     cells = _cells(found)
@@ -98,7 +99,7 @@ def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = F
     )
     if len(columns) > len(found):
         caption += " Scaling: tokens/s over those of one process times processes."
-    return "\n".join([*table, "", f"{caption} {_titles(found)}."])
+    return "\n".join([*table, "", f"{caption} {_titles(found)}.{_amiss(found)}"])
 
 
 def _cells(found: Sequence[Training]) -> list[Cell]:
@@ -112,9 +113,33 @@ def _titles(found: Sequence[Training]) -> str:
     return "; ".join(dict.fromkeys(title(x.head, length=False) for x in found))
 
 
-def _head(row: Row) -> str:
+def _amiss(found: Sequence[Training]) -> str:
+    """Which steps their two parts miss by more than they may."""
+    told = [
+        f"{share:+.1%} `{cell.label}` on {cell.backend}, N = {x.head.seq_len}"
+        for x in found
+        for cell in _cells([x])
+        if abs(share := missed(x.rows[cell]) or 0) > SPLIT
+    ]
+    if not told:
+        return ""
+    return (
+        f" Attention and the other kernels together should be a step to {SPLIT:.0%}, but leave of "
+        f"it: {'; '.join(told)}."
+    )
+
+
+def _head(row: Row, found: Sequence[Training]) -> str:
+    """N, the number of processes, and tokens where they differ."""
     processes = f", {row.world_size} processes" if row.world_size > 1 else ""
-    return f"N = {row.seq_len}{processes}"
+    alike = [x.head for x in found if _shape(x.head)[:2] == _shape(row)[:2]]
+    several = len({x.batch for x in alike}) > 1
+    tokens = f", {row.world_size * row.batch * row.seq_len} tokens" if several else ""
+    return f"N = {row.seq_len}{processes}{tokens}"
+
+
+def _shape(row: Row) -> tuple[int, int, int]:
+    return row.seq_len, row.world_size, row.batch
 
 
 def _rate(found: Training, cell: Cell, memory: bool, over: Cell | None = None) -> str:
@@ -177,19 +202,35 @@ def _speedup_aim(found: Training) -> str | None:
         return None
     text = (
         f"At N = {AIM_LENGTH} a step with `spattention` ({best.backend}) is {gain.y:.2f} times as "
-        f"fast as the fastest dense one; the aim was {AIM_SPEEDUP}"
+        f"fast as the fastest dense one{_between(gain)}; the aim, {AIM_SPEEDUP}, is "
+        f"{_verdict(gain, AIM_SPEEDUP)}."
     )
     if not bound:
-        return f"{text}."
+        return f"{text} By Amdahl's law it has no figure: {found.no_amdahl(best)}."
+    # Its ends are as far apart as those of the two can be.
+    ends = (gain.low, bound.high), (gain.high, bound.low)
+    share = Value(gain.y / bound.y, *(x and y and x / y for x, y in ends))
     return (
-        f"{text}. That is {_percent(gain.y / bound.y)} of what the speed-up of its attention call "
-        f"allows by Amdahl's law; the aim was {AIM_OF_AMDAHL:.0%}."
+        f"{text} That is {_percent(share.y)} of what the speed-up of its attention call allows by "
+        f"Amdahl's law{_between(share)}; the aim, {AIM_OF_AMDAHL:.0%}, is "
+        f"{_verdict(share, AIM_OF_AMDAHL)}."
     )
+
+
+def _between(value: Value) -> str:
+    return f" ({value.low:.2f} to {value.high:.2f})" if value.low and value.high else ""
+
+
+def _verdict(value: Value, aim: float) -> str:
+    if (value.low or value.y) >= aim:
+        return "reached"
+    return "missed" if (value.high or value.y) < aim else "neither reached nor missed for certain"
 
 
 def paper_setting(found: Sequence[Training]) -> Iterator[str]:
     """The paper's Table 2: attention not compiled, as released, and compiled, beside its rates."""
     here = [x for x in found if x.head.seq_len == paper.TABLE_2_ATTENTION.seq_len]
+    as_released = {_shape(x.head) for x in here if x.head.model == UNCOMPILED_MODEL}
     columns = [
         (f"`{backend}`{note}", x, backend)
         for model, backends, note in (
@@ -197,7 +238,7 @@ def paper_setting(found: Sequence[Training]) -> Iterator[str]:
             (TABLE_2_MODEL, ("flex",), ", the model compiled"),
         )
         for x in here
-        if x.head.model == model and x.head.world_size == 1
+        if x.head.model == model and x.head.world_size == 1 and _shape(x.head) in as_released
         for backend in backends
         if any(cell.backend == backend for cell in x.cells)
     ]
@@ -272,11 +313,17 @@ def _fall(row: Row) -> tuple[str, str, str]:
 
 
 def _sources(data: str, results: Path) -> str:
-    """The packages that a text of docstrings is made of; nothing of another text."""
+    """The packages that a text of docstrings is made of; nothing of another text.
+
+    Raises:
+        ValueError: it is of docstrings, and nothing says whose.
+    """
     path = results / "docstrings.sources.csv"
     sources = read_table(path, Source) if path.exists() else []
     content = data.rpartition("@")[2]
     own = [x for x in sources if x.text.rpartition("@")[2] == content]
+    if data.startswith("docstrings") and not own:
+        raise ValueError(f"{path} does not say what {data} is made of")
     told = ", ".join(f"{x.package} {x.version} ({x.licence})" for x in own)
     return f" The text is the docstrings of {told}." if own else ""
 

@@ -10,8 +10,12 @@ import torch
 
 from bench import timing
 
-# In names of kernels: FlexAttention's by torch, and those of the libraries.
-ATTENTION = re.compile(r"flex_attention|flash|fmha|sdpa|attention|attn", re.IGNORECASE)
+# In names of kernels: FlexAttention's by torch, and those of the libraries; not in those of copies
+# that Inductor names by the library's call which they are for.
+ATTENTION = re.compile(
+    r"^(?!triton_.*scaled_dot_product).*(flex_attention|flash|fmha|sdpa|attention|attn)",
+    re.IGNORECASE,
+)
 # After a rest a chip is faster for about half a second: such steps run, but do not count.
 WARM_US = 1e6
 COUNTED = 5  # steps after them
@@ -22,11 +26,13 @@ def kernel_split(
 ) -> tuple[float | None, float | None]:
     """Microseconds of a step in kernels of attention, and in others, by their names.
 
-    What runs at once counts once, as attention. None on a CPU, where CUPTI sees nothing, and
-    where no kernel is named for attention though there is some.
+    What runs at once counts once, as attention. None on a CPU, where CUPTI sees nothing.
 
     Args:
         step_us: of a step in the middle of a training.
+
+    Raises:
+        RuntimeError: CUPTI missed kernels, or none is named for attention though there is some.
     """
     if device.type == "cpu":
         return None, None
@@ -43,14 +49,16 @@ def kernel_split(
 
     events = [x for x in timing.kernel_events(steps, device) if not x.is_user_annotation]
     start = max((x.time_range.end for x in events if x.name in names), default=math.inf)
+    if not names or start == math.inf:
+        raise RuntimeError("CUPTI did not see where the steps that count begin")
     spans = [
         (event.time_range.start, event.time_range.end, bool(ATTENTION.search(event.name)))
         for event in events
         if event.time_range.start >= start
     ]
     attention = covered((begin, end) for begin, end, named in spans if named)
-    if not spans or (is_attention and not attention):
-        return None, None
+    if is_attention and not attention:
+        raise RuntimeError("no kernel of the step is named for attention")
     busy = covered((begin, end) for begin, end, _ in spans)
     return attention / COUNTED, (busy - attention) / COUNTED
 

@@ -23,6 +23,7 @@ from bench import chip, timing
 from bench.ahead import first_call
 from bench.ceilings import measure_ceilings
 from bench.cells import Cell, Group, Prepared, rows_of
+from bench.failures import CELL_ERRORS, one_line, raise_if_lost
 from bench.measure import ERRORS, Clockwork, Machine, measure_group
 from bench.models import Model, build, compile_model, parameters, recompute_layers
 from bench.record import STATUSES, STEP, Row, environment
@@ -134,6 +135,7 @@ def run_job(job: Job, world: World, announce: Callable[[str], None]) -> list[Row
     if prepared.method != IDENTITY:
         announce("the gate")
         rows = _call_rows(job, machine, announce)
+        timing.release()  # a step's peak is the model's own
         prepared.facts |= {name: getattr(rows[0], name) for name in GATE}
         if why := _no_step(rows, world, device):
             prepared.refused[STEP] = why
@@ -252,11 +254,24 @@ class _Training:
         self.prepared.series[STEP, "host"] = kept(times, readings, self.world, device)
         if self.world.size > 1:
             return  # messages to the others run beside attention, and wait for them in kernels
-        # The profiler makes later launches slower, so it comes last.
         announce("the profiled steps")
-        facts["attention_us"], facts["other_us"] = kernel_split(
-            self.step, device, median(times), self.prepared.method != IDENTITY
-        )
+        self._split(median(times))
+
+    def _split(self, step_us: float) -> None:
+        """By kernels, where that can be: a step that was timed is not lost for it.
+
+        The profiler makes later launches slower, so it comes last.
+        """
+        facts, is_attention = self.prepared.facts, self.prepared.method != IDENTITY
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # CUPTI asks the device for memory, not torch
+        try:
+            facts["attention_us"], facts["other_us"] = kernel_split(
+                self.step, self.device, step_us, is_attention
+            )
+        except CELL_ERRORS as error:
+            raise_if_lost(self.device)
+            self.prepared.uncaptured[STEP] = f"not split by kernels: {one_line(error)}"
 
 
 def kept(

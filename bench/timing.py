@@ -105,6 +105,11 @@ def _flush(device: torch.device) -> Tensor:
     return torch.empty(2 * l2_bytes(device), dtype=torch.int8, device=device)
 
 
+def release() -> None:
+    """Gives back the memory that flushes fill."""
+    _flush.cache_clear()
+
+
 def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 

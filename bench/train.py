@@ -102,12 +102,12 @@ def train(request: Train, console: Console) -> int:
     _introduce(jobs[0], ranks, console)
     with Store(path) as store:
         rows = _Run(jobs, request, ranks, store, console).measure()
+    status = 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
+    if ranks.store is not None:  # the others wait for it, and need not for figures
+        ranks.store.set("status", str(status))
     print_training(rows, console)
     drawn = draw_training(rows, plots)
     console.print(f"rows: {path}\nfigures: {plots} ({len(drawn)} files)", highlight=False)
-    status = 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
-    if ranks.store is not None:
-        ranks.store.set("status", str(status))
     return status
 
 

@@ -36,7 +36,9 @@ def draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
         grouped.setdefault(key, []).append(training)
     written: list[Path] = []
     seen: Counter[str] = Counter()
-    for (stem, *_), found in grouped.items():
+    # The newest has the bare name: tables take it.
+    newest = sorted(grouped.items(), key=lambda x: max(t.measured for t in x[1]), reverse=True)
+    for (stem, *_), found in newest:
         folder.mkdir(parents=True, exist_ok=True)
         found.sort(key=lambda training: training.head.seq_len)
         seen[stem] += 1
@@ -61,7 +63,7 @@ def figure_name(kind: str, head: Row) -> str:
 
 def _stem(head: Row) -> str:
     tokens = head.world_size * head.batch * head.seq_len
-    text = "" if head.data == "random" else f"_{Path(head.data.partition('@')[0]).stem}"
+    text = "" if head.data == "random" else f"_{Path(head.data.rpartition('@')[0]).stem}"
     return f"{head.model.replace(' ', '-')}_{head.world_size}_{tokens}{text}"
 
 

@@ -69,6 +69,8 @@ def remarks(row: Row) -> Iterator[str]:
     """What a figure does not show: why there is none, and what is wrong with it."""
     if row.status != "ok":
         yield f"{row.status}, {row.reason}"
+    elif row.reason:
+        yield row.reason
     elif abs(missed(row) or 0) > SPLIT:
         yield f"attention and the other kernels leave {missed(row):.1%} of the step"
     if (ends := fall(row)) and not ends.clear:

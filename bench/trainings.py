@@ -14,7 +14,7 @@ from functools import cached_property
 from statistics import fmean, variance
 from typing import NamedTuple
 
-from bench.derived import BASELINE, PROBLEM, Cell, compare, in_order, problem_of
+from bench.derived import BASELINE, Cell, compare, in_order, problem_of
 from bench.figures import Value
 from bench.record import STEP, Row
 from bench.step_attention import IDENTITY
@@ -31,7 +31,7 @@ class Training:
 
     Attributes:
         head: any row of a step.
-        calls: rows of attention calls by the device clock, forward + backward.
+        calls: of the cells' own attention calls, the rows by the device clock, forward + backward.
         cells: by METHOD_ORDER, the identity last.
     """
 
@@ -41,6 +41,11 @@ class Training:
         order = in_order(row.method for row in steps if row.method != IDENTITY.name)
         order.append(IDENTITY.name)
         self.cells = sorted(self.rows, key=lambda cell: order.index(cell.method))
+
+    @property
+    def measured(self) -> str:
+        """UTC time of its last row."""
+        return max(row.time_utc for row in self.rows.values())
 
     def us(self, cell: Cell | None) -> float | None:
         row = self.rows.get(cell)
@@ -79,6 +84,8 @@ class Training:
             return "with several processes, what they send each other runs beside attention"
         if self.dense is None or not attention_share(self.rows[self.dense]):
             return "no dense step was split by kernel"
+        if (idle := missed(self.rows[self.dense])) > SPLIT:
+            return f"kernels fill only {1 - idle:.1%} of the dense step"
         for call in (self.calls.get(self.dense), self.calls.get(cell)):
             if call is None or not call.median_us:
                 told = call.reason if call is not None and call.reason else "not measured"
@@ -88,16 +95,18 @@ class Training:
 
 def trainings(rows: Iterable[Row]) -> list[Training]:
     """One for each problem, model, data, number of processes and recipe, as they appear."""
-    rows = list(rows)
     grouped: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if row.phase == STEP:
-            grouped.setdefault(_setting(row), []).append(row)
     calls: dict[tuple, dict[Cell, Row]] = {}
+    before: dict[tuple, Row] = {}  # a step's own call has its row before the step's
     for row in rows:
+        of_cell = row.run, problem_of(row), _cell(row)
         if (row.phase, row.clock) == ("fwd_bwd", "device"):
-            calls.setdefault(problem_of(row), {})[_cell(row)] = row
-    return [Training(steps, calls.get(key[: len(PROBLEM)], {})) for key, steps in grouped.items()]
+            before[of_cell] = row
+        elif row.phase == STEP:
+            grouped.setdefault(_setting(row), []).append(row)
+            if call := before.pop(of_cell, None):
+                calls.setdefault(_setting(row), {})[_cell(row)] = call
+    return [Training(steps, calls.get(key, {})) for key, steps in grouped.items()]
 
 
 def attention_share(row: Row) -> float | None:
@@ -124,16 +133,14 @@ def utilisation(row: Row) -> float | None:
 def scaling(row: Row, rows: Iterable[Row]) -> float | None:
     """Tokens/s over those of one process of the same cell times the number of processes.
 
-    However many steps either took.
+    One by the same recipe where there is one; of several, the last.
     """
     if row.world_size == 1 or not (own := tokens_per_s(row)):
         return None
-    for other in rows:
-        if other.world_size == 1 and _cell(other) == _cell(row):
-            same = _setting(other)[:-2] == _setting(row)[:-2]
-            if same and (single := tokens_per_s(other)):
-                return own.y / (row.world_size * single.y)
-    return None
+    alone = [x for x in rows if x.world_size == 1 and _scales(x) == _scales(row)]
+    alone = [x for x in alone if x.phase == STEP and tokens_per_s(x)]
+    single = max(alone, key=lambda x: (x.recipe == row.recipe, x.time_utc), default=None)
+    return own.y / (row.world_size * tokens_per_s(single).y) if single else None
 
 
 class Fall(NamedTuple):
@@ -180,6 +187,11 @@ def _ratio(over: Row, under: Row) -> Value:
 
 def _cell(row: Row) -> Cell:
     return Cell(row.method, row.params, row.backend)
+
+
+def _scales(row: Row) -> tuple:
+    """What one process and several have in common."""
+    return *_setting(row)[:-2], _cell(row), row.torch, row.driver
 
 
 def _setting(row: Row) -> tuple:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
+from bench.record import environment
 from methods import METHODS
 from tests.bench.rows import make_row
 from tests.gpu import matrix as module
@@ -87,6 +90,8 @@ def test_lines_are_written_and_a_wrong_one_is_an_exit_status(tmp_path, monkeypat
 
 def test_a_resumed_matrix_keeps_what_was_right(tmp_path, monkeypatch):
     path, asked = tmp_path / "x.csv", []
+    env = replace(environment(torch.device("cpu")), device="Chip X", torch="2.13.0")
+    monkeypatch.setattr(module, "environment", lambda device: env)
     argv = ["matrix", "--device", "cpu", "--methods", "standard", "--head-dim", "64",
             "--dtype", "float32", "--output", str(path)]  # fmt: skip
     cell = {"method": "standard", "seq_len": 1024, "head_dim": 64, "dtype": "float32"}
@@ -112,3 +117,5 @@ def test_a_resumed_matrix_keeps_what_was_right(tmp_path, monkeypatch):
     assert main() == 1 and asked == left
     assert path.read_text().splitlines()[:2] == before
     assert len(path.read_text().splitlines()) == 3
+    env = replace(env, device="Chip Y")
+    assert main() == 1 and len(asked) == 4

@@ -74,7 +74,18 @@ def test_a_training_without_a_dense_step_has_rates_alone_and_memory_where_it_is_
 
 def test_trainings_that_a_column_cannot_tell_apart_are_refused():
     with pytest.raises(ValueError, match="two trainings have one column: N = 1024; N = 1024"):
-        tabled([step(), step(batch=8)])
+        tabled([step(), step(dtype="float32")])
+
+
+def test_columns_of_one_length_name_their_tokens():
+    (line,) = lines(tabled([step(), step(us=50.0, batch=8), step(**LONG)])).values()
+    assert list(line)[2:] == ["N = 1024, 4096 tokens", "N = 1024, 8192 tokens", "N = 4096"]
+
+
+def test_a_step_that_its_parts_miss_is_said_under_the_table():
+    row = step("spattention", "varlen", attention_us=40.0, other_us=50.0)
+    assert tabled([step(), row]).endswith("of it: +10.0% `spattention` on varlen, N = 1024.")
+    assert "of it" not in tabled([step(), replace(row, other_us=58.0)])
 
 
 def test_of_two_recipes_the_last_measured_counts():
@@ -114,6 +125,7 @@ def test_the_papers_setting_is_beside_its_rates(tmp_path):
         step("spattention_released", us=100.0, **released),
         step("identity", "identity", us=50.0, **released), step(us=80.0),
         step("spattention", us=64.0), step("sliding_window", us=64.0),
+        step(us=1.0, batch=32), step("spattention", us=1.0, batch=32),
     ], tmp_path)  # fmt: skip
     _, text = text.split("#### The paper's setting")
     table = lines(text)
@@ -135,10 +147,8 @@ def test_what_was_aimed_at_is_said_with_what_was_reached():
     rows = [
         step(backend="sdpa-cudnn", us=62000.0, **size), step(us=70000.0, **size),
         step("spattention", us=62500.0, **size), step("spattention", "varlen", 60000.0, **size),
-        step(us=200_000.0, attention_us=120.0, other_us=80.0, **long),
-        step("spattention", us=100_000.0, **long),
-        make_row(method="standard", median_us=60.0, **long),
-        make_row(method="spattention", median_us=10.0, **long),
+        *with_call(200_000.0, 60.0, attention_us=120_000.0, other_us=80_000.0, **long),
+        *with_call(100_000.0, 10.0, method="spattention", **long),
     ]  # fmt: skip
     table, said, text = aims(trainings(rows))
     _, *found = table.splitlines()[1:]
@@ -153,9 +163,40 @@ def test_what_was_aimed_at_is_said_with_what_was_reached():
     assert len(found) == sum(n in (1024, 32768) for *_, n in PROTOTYPE) and "prototype" in said
     assert text == (
         "At N = 32768 a step with `spattention` (flex) is 2.00 times as fast as the fastest dense "
-        "one; the aim was 2.2. That is 100% of what the speed-up of its attention call allows by "
-        "Amdahl's law; the aim was 95%."
+        "one; the aim, 2.2, is missed. That is 100% of what the speed-up of its attention call "
+        "allows by Amdahl's law; the aim, 95%, is reached."
     )
+    idle = [replace(row, other_us=60_000.0) if row.other_us else row for row in rows]
+    *_, text = aims(trainings(idle))
+    assert text.endswith(
+        "By Amdahl's law it has no figure: kernels fill only 90.0% of the dense step."
+    )
+
+
+@pytest.mark.parametrize(
+    ("us", "verdict"),
+    [
+        (120_000.0, "missed"), (92_000.0, "neither reached nor missed for certain"),
+        (70_000.0, "reached"),
+    ],
+)  # fmt: skip
+def test_an_aim_is_judged_by_the_interval(us, verdict):
+    def samples(median):
+        return ";".join(f"{median * (1 + k / 100):.6g}" for k in range(-6, 7))
+
+    long = {"batch": 1, "seq_len": 32768}
+    rows = [step(us=200_000.0, samples_us=samples(200_000.0), **long),
+            step("spattention", us=us, samples_us=samples(us), **long)]  # fmt: skip
+    *_, text = aims(trainings(rows))
+    low, high = re.search(r"dense one \((.*) to (.*)\); the aim, 2.2, is", text).groups()
+    assert float(low) < 200_000 / us < float(high)
+    assert f"the aim, 2.2, is {verdict}." in text
+
+
+def with_call(us, call_us, method="standard", **changes):
+    """A step after the row of its attention call."""
+    shape = {name: changes[name] for name in ("batch", "seq_len")}
+    return make_row(method=method, median_us=call_us, **shape), step(method, us=us, **changes)
     assert list(aims(trainings([step(us=1.0, **TWO), step(**LONG)]))) == []
 
 
@@ -174,7 +215,10 @@ def test_losses_on_a_text_are_judged_and_its_words_have_owners(tmp_path):
         learned("identity", [5 - 0.1 * k for k in range(30)]),
     ]  # fmt: skip
     rows[-1] = replace(rows[-1], backend="identity")
-    heading, table, told = page(rows, tmp_path).split("\n\n")
+    with pytest.raises(ValueError, match=r"not say what docstrings\.txt@0badcafe is"):
+        page(rows, tmp_path)
+    book = [replace(row, data="book.txt@0badcafe") for row in rows]
+    heading, table, told = page(book, tmp_path).split("\n\n")
     assert heading == "#### A text"
     assert table.splitlines()[2:] == [
         "| `standard` | flex | 4.900 | 2.200 | yes |",
@@ -187,8 +231,6 @@ def test_losses_on_a_text_are_judged_and_its_words_have_owners(tmp_path):
     path = tmp_path / "results" / "docstrings.sources.csv"
     write_table(path, [source, replace(source, package="numpy")], Source)
     assert page(rows, tmp_path).endswith("docstrings of torch 9 (BSD-3), numpy 9 (BSD-3).")
-    write_table(path, [replace(source, text="docstrings.txt@00000000")], Source)
-    assert page(rows, tmp_path).endswith("\n\n" + told)
     draw_training(rows, tmp_path / "plots" / "h200" / "test")
     (link,) = re.findall(r"!\[.*\]\((.*)\)", page(rows, tmp_path))
     assert (tmp_path / link).exists() and "training_loss_table2_1_4096_docstrings_1024" in link

@@ -52,7 +52,8 @@ class Device:
 def test_kernels_are_split_by_name_and_what_overlaps_counts_once(monkeypatch):
     assert kernel_split(Device(monkeypatch).step, CUDA, WARM_US, True) == (25, 25)
     unnamed = Device(monkeypatch, [STEP[1], STEP[3]])
-    assert kernel_split(unnamed.step, CUDA, WARM_US, True) == (None, None)
+    with pytest.raises(RuntimeError, match="no kernel of the step is named for attention"):
+        kernel_split(unnamed.step, CUDA, WARM_US, True)
     assert kernel_split(unnamed.step, CUDA, WARM_US, False) == (0, 30)
     assert kernel_split(unnamed.step, CPU, WARM_US, True) == (None, None)
 
@@ -63,10 +64,30 @@ def test_steps_of_a_rested_chip_run_first_and_do_not_count(monkeypatch):
     assert device.steps == 7 + COUNTED
 
 
-def test_a_profiler_that_sees_nothing_splits_nothing(monkeypatch):
+def test_copies_that_inductor_names_by_their_reader_are_no_attention(monkeypatch):
+    """In a model compiled with scaled_dot_product_attention inside."""
+    copies = "triton_poi_fused__scaled_dot_product_flash_attention_clone_0", 60, 70
+    device = Device(monkeypatch, [*STEP, copies])
+    assert kernel_split(device.step, CUDA, WARM_US, True) == (25, 35)
+    own = "triton_per_fused_flex_attention_backward_0", 60, 70
+    assert kernel_split(Device(monkeypatch, [*STEP, own]).step, CUDA, WARM_US, True) == (35, 25)
+
+
+def test_a_profiler_that_sees_nothing_is_an_error(monkeypatch):
     device = Device(monkeypatch)
     monkeypatch.setattr(step_kernels.timing, "kernel_events", lambda call, on: [])
-    assert kernel_split(device.step, CUDA, WARM_US, False) == (None, None)
+    with pytest.raises(RuntimeError, match="CUPTI did not see where"):
+        kernel_split(device.step, CUDA, WARM_US, False)
+
+
+def test_a_step_that_cannot_be_split_keeps_its_time(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("CUPTI has no memory")
+
+    monkeypatch.setattr(steps, "kernel_split", fails)
+    row = steps.run_job(job("identity", "identity"), World(), lambda text: None)[-1]
+    assert (row.status, row.attention_us) == ("ok", None) and row.median_us > 0 and row.losses
+    assert row.reason == "not split by kernels: RuntimeError: CUPTI has no memory"
 
 
 @pytest.mark.parametrize(("world", "split"), [(World(), (3.0, 4.0)), (World(0, 2), None)])

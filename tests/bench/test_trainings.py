@@ -37,21 +37,21 @@ def test_what_cannot_be_right_or_is_not_known_well_is_said(capsys):
 def test_rates_speed_ups_and_ceilings_follow_from_the_rows():
     call = {"batch": 4, "seq_len": 1024}
     rows = [
-        made(backend="flex", us=200.0), made(backend="sdpa-cudnn", attention_us=40.0, other_us=50),
-        made("spattention", 80.0), made("identity", 50.0, backend="identity"),
         make_row(method="standard", backend="sdpa-cudnn", median_us=12.0, **call),
+        made(backend="flex", us=200.0), made(backend="sdpa-cudnn", attention_us=40.0, other_us=58),
         make_row(method="spattention", median_us=3.0, **call),
         make_row(method="spattention", median_us=99.0, clock="host", **call),
+        made("spattention", 80.0), made("identity", 50.0, backend="identity"),
     ]  # fmt: skip
     (training,) = trainings(rows)
     assert [cell.method for cell in training.cells][-1] == "identity"
     assert training.dense.backend == "sdpa-cudnn"
-    cell = cell_of(rows[2])
+    cell = cell_of(rows[5])
     assert training.speedup(cell).y == pytest.approx(1.25)
     assert training.zero_cost() == 2
-    assert training.amdahl(cell).y == pytest.approx(1 / (1 - 4 / 9 + 4 / 9 / 4))
-    assert missed(rows[1]) == pytest.approx(0.1)
-    rate = tokens_per_s(rows[2])
+    assert training.amdahl(cell).y == pytest.approx(1 / (1 - 40 / 98 + 40 / 98 / 4))
+    assert missed(rows[2]) == pytest.approx(0.02)
+    rate = tokens_per_s(rows[5])
     assert rate.y == pytest.approx(4 * 1024 / 80e-6)
     assert rate.low == pytest.approx(rate.y / 1.01) and rate.high == pytest.approx(rate.y / 0.99)
 
@@ -78,7 +78,7 @@ def printed(rows, capsys):
 
 
 def test_a_step_above_its_amdahl_figure_is_said(capsys):
-    dense = [split("standard", "flex", 100.0), device_call("standard", "flex", 12.0)]
+    dense = [device_call("standard", "flex", 12.0), split("standard", "flex", 100.0)]
     call = device_call("spattention", "flex", 3.0)
     (training,) = trainings([*dense, call, split("spattention", "flex", 72.0)])
     bound = training.amdahl(cell_of(call))
@@ -90,11 +90,11 @@ def test_a_step_above_its_amdahl_figure_is_said(capsys):
 
 
 def test_a_cell_without_an_amdahl_figure_says_why(capsys):
-    dense = [split("standard", "flex", 100.0), device_call("standard", "flex", 12.0)]
+    dense = [device_call("standard", "flex", 12.0), split("standard", "flex", 100.0)]
     eager = [
-        split("spattention", "eager", 300.0),
         device_call("spattention", "eager", None, status="unsupported", reason="no graph: waits"),
         device_call("spattention", "eager", 900.0, clock="host"),
+        split("spattention", "eager", 300.0),
     ]
     (training,) = trainings([*dense, *eager])
     assert training.amdahl(cell_of(eager[0])) is None
@@ -106,6 +106,37 @@ def test_a_cell_without_an_amdahl_figure_says_why(capsys):
     out = printed(two, capsys)
     assert "no Amdahl figure of standard on flex: with several processes" in out
     assert "no Amdahl" not in printed(dense, capsys)
+
+
+def test_a_device_that_idles_has_no_amdahl_figure(capsys):
+    """What launches leave between kernels does not shrink with attention."""
+    calls = [device_call(method, "flex", us) for method, us in
+             (("standard", 12.0), ("spattention", 3.0))]  # fmt: skip
+    dense = replace(split("standard", "flex", 100.0), other_us=50.0)
+    rows = [*calls, dense, split("spattention", "flex", 80.0)]
+    (training,) = trainings(rows)
+    assert training.amdahl(cell_of(calls[1])) is None
+    assert "kernels fill only 90.0% of the dense step" in printed(rows, capsys)
+    (training,) = trainings([*calls, replace(dense, other_us=58.0), rows[-1]])
+    assert training.amdahl(cell_of(calls[1])) is not None
+
+
+def test_a_step_goes_with_the_call_of_its_own_process():
+    """Other runs, recipes and numbers of processes time the same call again."""
+
+    def cells(us, **changes):
+        call = device_call("spattention", "flex", us, run=changes.get("run", "test"))
+        return [call, split("spattention", "flex", 80.0, **changes)]
+
+    failed = device_call("spattention", "flex", None, status="crash", reason="lost")
+    found = trainings([
+        *cells(3.0), *cells(4.0, recipe="steps=9"), *cells(5.0, run="other", world_size=2), failed,
+    ])  # fmt: skip
+    assert [[x.median_us for x in training.calls.values()] for training in found] == [
+        [3],
+        [4],
+        [5],
+    ]
 
 
 def test_attention_is_a_share_of_the_kernels_of_one_process():
@@ -126,6 +157,11 @@ def test_scaling_and_utilisation():
     assert scaling(two, [one, two]) == pytest.approx(0.8)
     assert scaling(two, [two, made(model="other")]) is None
     assert scaling(one, [one, two]) is None
+    slow, late = (made(us=us, time_utc=f"2026-01-0{k}T00:00:00Z") for k, us in ((2, 200), (3, 50)))
+    assert scaling(two, [one, slow, late]) == pytest.approx(0.4)
+    same = replace(slow, recipe="steps=9")
+    assert scaling(replace(two, recipe="steps=9"), [one, same, late]) == pytest.approx(1.6)
+    assert scaling(two, [replace(one, torch="2.0"), replace(one, driver="1")]) is None
     row = made(us=1e6, model_flops=4e14, matmul_tflop_s=800.0)
     assert utilisation(row) == pytest.approx(0.5)
     assert utilisation(replace(row, matmul_tflop_s=None)) is None
@@ -194,3 +230,18 @@ def test_figures_of_other_data_tokens_or_recipes_are_other_files(tmp_path):
              for text in ("", "_2", "_a", "_a_2", "_b")}  # fmt: skip
     assert {name for name in names if "speedup" in name} == speed
     assert "training_loss_m_1_8192_a_2_2048" in names
+
+
+def test_the_newest_recipe_has_the_bare_name(tmp_path):
+    def rows(recipe, day, us):
+        return [made("standard", us, backend="flex", seq_len=n, batch=4096 // n, recipe=recipe,
+                     time_utc=f"2026-01-0{day}T00:00:00Z") for n in (1024, 2048)]  # fmt: skip
+
+    old, new = rows("steps=2", 1, 100.0), rows("steps=1", 2, 200.0)
+    given = {"both": [*old, *new], "old": old, "new": new}
+    drawn = {}
+    for name, rows_ in given.items():
+        draw_training(rows_, tmp_path / name)
+        path = tmp_path / name / "training_tokens_per_s_m_1_4096.svg"
+        drawn[name] = path.read_text()
+    assert drawn["both"] == drawn["new"] != drawn["old"]

@@ -21,10 +21,12 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
+import torch
+
 from bench.ahead import cores
 from bench.cells import Cell, Group
 from bench.measure import Clockwork
-from bench.record import ROOT, Row, encode
+from bench.record import ROOT, Environment, Row, encode, environment
 from bench.request import named_device
 from bench.worker import Worker
 from methods import METHODS, Problem
@@ -153,8 +155,10 @@ def key(job: Group) -> list[str]:
     return [str(encode(values[x])) for x in KEY]
 
 
-def found_in(path: Path) -> list[list[str]]:
-    """The whole lines of a file that say nothing wrong; none where there is no file.
+def found_in(path: Path, env: Environment) -> list[list[str]]:
+    """The whole lines of a file, of this device and torch, that say nothing wrong.
+
+    Of whatever code, which they name: a matrix takes longer than a day's changes leave it.
 
     Raises:
         ValueError: it is no table of this script.
@@ -165,8 +169,17 @@ def found_in(path: Path) -> list[list[str]]:
         header, *lines = csv.reader(file)
     if tuple(header) != COLUMNS:
         raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}")
-    right, beyond = COLUMNS.index("status"), COLUMNS.index("limit")
-    return [x for x in lines if len(x) == len(COLUMNS) and (x[right] == "ok" or x[beyond])]
+    whole = [dict(zip(COLUMNS, x, strict=True)) for x in lines if len(x) == len(COLUMNS)]
+    here = [x for x in whole if (x["device"], x["torch"]) == (env.device, env.torch)]
+    return [list(x.values()) for x in here if x["status"] == "ok" or x["limit"]]
+
+
+def write_before(path: Path, lines: Sequence[Sequence[str]]) -> None:
+    """At once, so that a file is never without them."""
+    beside = path.with_suffix(".new")
+    with beside.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *lines])
+    beside.replace(path)
 
 
 def main() -> int:
@@ -179,14 +192,14 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="keep the lines of FILE")
     given = parser.parse_args()
     device = str(named_device(given.device))
-    before = found_in(given.output) if given.resume else []
+    before = found_in(given.output, environment(torch.device(device))) if given.resume else []
     known = [x[: len(KEY)] for x in before]
     jobs = list(matrix(given.methods, given.dtype, given.head_dim, device=device))
     jobs = [job for job in jobs if key(job) not in known]
     outcomes, wrong = Counter(), 0
-    with given.output.open("w", newline="") as file:
+    write_before(given.output, before)
+    with given.output.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *before])
         for row in gated(jobs):
             writer.writerow(line(row))
             file.flush()
