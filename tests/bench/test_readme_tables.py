@@ -71,9 +71,24 @@ def test_a_reference_is_over_ours_by_the_clock_that_both_have():
     assert first["N = 16384"] == "125 ms, 0.31 ms: 403.23x"
     assert (second["N = 4096"], second["N = 16384"]) == ("0.10 ms, 0.050 ms: 2.00x", "-")
     assert third["N = 4096"] == "36 ms, 9.0 ms: 4.00x, host"
-    assert below.endswith(
-        "batch 1 · 8 heads · head_dim 128 · not causal · blocks 128x128 · Chip X."
-    )
+    assert below.endswith("batch 1 · 8 heads · head_dim 128 · not causal · Chip X.")
+
+
+def test_the_fastest_blocks_of_ours_by_the_device_clock_count():
+    small, smallest = ({"q_block": n, "kv_block": n} for n in (64, 32))
+    found, _ = references(
+        window("flex", 3000, 5000), window("flex", 2000, 5500, **small),
+        failed("unsupported", method="sliding_window", backend="flex", **smallest),
+        window("xformers", 9000, 9000), window("xformers", 8000, 9900, **small),
+        window("eager", 99, 11_000, clocks=("kernels", "host")),
+        window("flex", 10, 20, seq_len=16384), window("flex", 11, 5, seq_len=16384, **small),
+        window("eager", 40, 50, seq_len=16384),
+    )  # fmt: skip
+    cells = {name[1]: (line["N = 4096"], line["N = 16384"]) for name, line in found.items()}
+    assert cells["xformers"][0] == "8.0 ms, 2.0 ms (blocks 64x64): 4.00x"
+    assert cells["eager"] == (
+        "11 ms, 5.5 ms (blocks 64x64): 2.00x, host", "0.040 ms, 0.010 ms: 4.00x",
+    )  # fmt: skip
 
 
 def test_no_number_is_a_status_and_what_is_never_supported_is_no_line():
