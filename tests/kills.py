@@ -61,7 +61,8 @@ def interrupt(ground: Ground, kind: str) -> Iterator[Finding]:
         strike = lambda run: _sent(os.killpg, run.process.pid, number)  # noqa: E731
     for _ in range(max(1, ground.kills // 4)):
         name = f"{number.name} to {'all processes' if kind == 'sigint_group' else 'the sweep'}"
-        yield _struck(ground, kind, name, strike, exits=(128 + number,))
+        # To a shell both are one: while it imports, a sweep ends by the signal itself.
+        yield _struck(ground, kind, name, strike, exits=(128 + number, -number))
 
 
 def _struck(
