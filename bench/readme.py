@@ -179,8 +179,9 @@ def _over_reference(device: Board | None, host: Board | None, rival: Cell) -> st
     for board, mark in ((device, ""), (host, ", host")):
         times = [board.us(cell, "fwd_bwd") for cell in (rival, ours)] if board else []
         if times and all(times):
-            size = board.row(ours, "fwd_bwd").q_block, board.row(ours, "fwd_bwd").kv_block
-            blocks = "" if size == (128, 128) else f" (blocks {size[0]}x{size[1]})"
+            own = board.row(ours, "fwd_bwd")
+            size = f"{own.q_block}x{own.kv_block}"
+            blocks = "" if size == "128x128" else f" (blocks {size})"
             ratio = f"{times[0] / times[1]:.2f}x"
             return f"{_ms(times[0])}, {_ms(times[1])}{blocks}: {ratio}{mark}"
     rows = [host and host.row(cell, "fwd_bwd") for cell in (rival, ours)]

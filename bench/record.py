@@ -321,7 +321,7 @@ def _parse(line: bytes, columns: Sequence[str]) -> Row:
     times = (1.0 if row.median_us is None else row.median_us, *row.samples)
     if not all(0 < us < math.inf for us in times):
         raise ValueError("a time is no positive number")
-    if row.rounds and not len({*map(int, row.rounds.split(";"))}) == len(row.samples):
+    if row.rounds and len({*map(int, row.rounds.split(";"))}) != len(row.samples):
         raise ValueError("rounds and samples do not go together")
     return row
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cells import Cell, Group
 from bench.models import MODELS, Model
-from bench.steps import Job, World, run_job
+from bench.steps import World, run_job
 from bench.trainings import SPLIT, missed
-from methods import Problem
+from tests.bench.training import job
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,19 +23,11 @@ SMALL = Model("small", layers=2, heads=4, kv_heads=4, hidden=256, head_dim=64, v
 def trained(method, backend, model=SMALL, batch=2, seq_len=512, **changes):
     """The rows of a job: those of the attention call, and that of the step."""
     torch.compiler.reset()
-    p = Problem(batch=batch, q_heads=model.heads, kv_heads=model.kv_heads, seq_len=seq_len,
-                head_dim=model.head_dim)  # fmt: skip
-    group = Group(
-        problem=p, block_size=(128, 128), cells=(Cell(method, backend),), phases=("step",),
-        device="cuda:0", seed=0, rounds=5, seconds=0.0, run="test", shared=False,
-    )  # fmt: skip
-    values = {
-        "steps": 5, "warmup": 3, "learning_rate": 1e-3, "text": None, "checkpointing": False,
-        "compiled": True, "shard": False,
-    }  # fmt: skip
-    *calls, row = run_job(
-        Job(group=group, model=model, **values | changes), World(), lambda text: None
-    )
+    values = {"steps": 5, "warmup": 3, "compiled": True}
+    given = job(method, backend, model, **values | changes)
+    p = replace(given.group.problem, batch=batch, seq_len=seq_len, dtype="bfloat16")
+    given = replace(given, group=replace(given.group, problem=p, device="cuda:0"))
+    *calls, row = run_job(given, World(), lambda text: None)
     assert (row.status, row.clock) == ("ok", "host"), row.reason
     assert all(math.isfinite(float(loss)) for loss in row.losses.split(";"))
     return calls, row
