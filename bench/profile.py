@@ -22,7 +22,7 @@ from bench.kernels import described
 from bench.measure import Bench, Clockwork
 from bench.record import ROOT, code_hash
 from bench.request import Sweep, expand, must_be_writable, named_device
-from bench.specs import parameters_text, parse_method, source_file
+from bench.specs import parameters_text, source_file
 from bench.tables import read_table, write_table
 from bench.worker import set_up_sweep
 from methods import Problem
@@ -31,6 +31,7 @@ REPLAYS = 10
 TIME_LIMIT = 300.0  # seconds without progress
 SHOWN = 0.01  # of a call's time; in print, what takes less is one line
 BETWEEN, OTHERS = "between kernels", "others"
+USUAL_BLOCKS = (128, 128)  # of which no title speaks
 Refused = tuple[str, str, str]  # a call, its status and the reason
 
 
@@ -59,6 +60,8 @@ class Profile:
     """Element types."""
     causal: tuple[bool, ...] = (True,)
     """Whether a query sees only the past."""
+    block_size: tuple[str, ...] = ("128",)
+    """Blocks of the mask: ROWS or ROWSxKEYS."""
     phases: tuple[str, ...] = ("fwd_bwd",)
     """What is profiled: fwd, bwd, fwd_bwd, prepare."""
     device: str | None = None
@@ -81,6 +84,8 @@ class Line(Problem):
         call_us: of the whole call, without the profiler where the clock is device.
     """
 
+    q_block: int
+    kv_block: int
     device_name: str
     torch: str
     code: str
@@ -117,7 +122,7 @@ def profile(request: Profile, console: Console) -> int:
     done = [group for (group,), _ in found]
     reason = f"no answer: its process ended, or took more than {TIME_LIMIT:.0f} s"
     for group in (group for group in groups if group not in done):
-        refused += [(_title(cell, group.problem), "crash", reason) for cell in group.cells]
+        refused += [(_title_of(group, cell), "crash", reason) for cell in group.cells]
     for failure in refused:
         console.print(escape(": ".join(failure)), highlight=False)
     console.print(f"lines: {path}", highlight=False)
@@ -125,19 +130,14 @@ def profile(request: Profile, console: Console) -> int:
 
 
 def _groups(request: Profile) -> list[Group]:
-    """A sweep's groups, without the baseline that nobody asked for."""
+    """A sweep's groups, without a baseline that nobody asked for."""
     device = named_device(request.device)
     if device.type != "cuda":
         raise ValueError(f"profile needs a CUDA device; it would run on {device}")
     if "layout" in request.phases:
         raise ValueError("--phases has 'layout', which runs on the host; sweep times it")
     run = request.run or time.strftime("profile-%Y%m%dT%H%M%S", time.gmtime())
-    groups = expand(Sweep(**vars(request) | {"run": run, "device": str(device)}))
-    asked = {parse_method(spec) for spec in request.methods}
-    return [
-        replace(group, cells=tuple(x for x in group.cells if parse_method(x.method) in asked))
-        for group in groups
-    ]
+    return expand(Sweep(**vars(request) | {"run": run, "device": str(device), "baseline": False}))
 
 
 def profile_group(group: Group) -> tuple[list[Line], list[Refused]]:
@@ -149,12 +149,11 @@ def profile_group(group: Group) -> tuple[list[Line], list[Refused]]:
         try:
             prepared = bench.prepare(cell)
             refused += [
-                (_title(cell, group.problem, phase), *why)
-                for phase, why in prepared.refused.items()
+                (_title_of(group, cell, phase), *why) for phase, why in prepared.refused.items()
             ]
             lines += _lines(group, prepared, device)
         except CELL_ERRORS as error:
-            refused.append((_title(cell, group.problem), status_of(error), one_line(error)))
+            refused.append((_title_of(group, cell), status_of(error), one_line(error)))
     return lines, refused
 
 
@@ -165,7 +164,7 @@ def _lines(group: Group, prepared: Prepared, device: torch.device) -> Iterator[L
         device_name=torch.cuda.get_device_name(device), torch=torch.__version__,
         code=code_hash([user_file] if user_file else []), method=prepared.method.name,
         params=parameters_text(prepared.method), backend=prepared.cell.backend,
-        **asdict(group.problem),
+        q_block=group.block_size[0], kv_block=group.block_size[1], **asdict(group.problem),
     )  # fmt: skip
     for (phase, clock), sampler in prepared.samplers.items():
         if clock == "host":
@@ -224,7 +223,8 @@ def shown(lines: Sequence[Line], least: float = SHOWN) -> list[tuple[str, float,
 def print_profile(lines: Iterable[Line], console: Console) -> None:
     for call in calls(lines):
         first = call[0]
-        name = _title(Cell(first.method, first.backend), first, first.phase)
+        blocks = first.q_block, first.kv_block
+        name = _title(Cell(first.method, first.backend), first, blocks, first.phase)
         title = escape(f"{name}: {first.call_us:.1f} us by the {first.clock} clock")
         table = Table("kernel", "launches", "us", "share", title=title, title_justify="left")
         for column in table.columns[1:]:
@@ -235,6 +235,11 @@ def print_profile(lines: Iterable[Line], console: Console) -> None:
         console.print(table)
 
 
-def _title(cell: Cell, p: Problem, phase: str = "") -> str:
+def _title_of(group: Group, cell: Cell, phase: str = "") -> str:
+    return _title(cell, group.problem, group.block_size, phase)
+
+
+def _title(cell: Cell, p: Problem, blocks: tuple[int, int], phase: str) -> str:
     size = f"N = {p.seq_len}, heads {p.q_heads}, dim {p.head_dim}, {p.dtype}"
-    return ", ".join(filter(None, (f"{cell.method} on {cell.backend}", phase, size)))
+    other = "" if blocks == USUAL_BLOCKS else f"blocks {blocks[0]}x{blocks[1]}"
+    return ", ".join(filter(None, (f"{cell.method} on {cell.backend}", phase, size, other)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.compare import LIMIT
 from bench.derived import BASELINE, Board, Cell, boards, compare, in_order
-from bench.profile import BETWEEN, OTHERS, calls, read_profile, shown
+from bench.profile import BETWEEN, OTHERS, Line, calls, read_profile, shown
 from bench.record import CLOCKS, Row
 from bench.report import NOTHING, labels, problem_title, quantity
 from bench.tables import markdown
@@ -205,11 +205,7 @@ def targets(rows: list[Row]) -> str:
 def profiles(path: Path, least: float = 0.02) -> str:
     """Kernels of each call of a profile, the longest first: microseconds and share."""
     found = calls(read_profile(path))
-    several = len({x.q_heads for x, *_ in found}) > 1
-    heads = [
-        f"{f'H = {x.q_heads}, ' if several else ''}N = {x.seq_len}, {x.phase}: {x.call_us:.0f} us"
-        for x, *_ in found
-    ]
+    heads = _call_names([call[0] for call in found])
     parts = [{kernel: us for kernel, _, us in shown(call, least)} for call in found]
     kernels = sorted({x for part in parts for x in part}, key=lambda x: _place(x, parts))
     lines = []
@@ -223,6 +219,20 @@ def profiles(path: Path, least: float = 0.02) -> str:
         name = kernel if len(kernel) <= WIDTH else f"{kernel[:WIDTH]}..."
         lines.append((name, *cells))
     return "\n".join(markdown(("kernel", *heads), lines))
+
+
+def _call_names(firsts: Sequence[Line]) -> list[str]:
+    """What tells calls apart, their length and phase in any case; and how long they take."""
+    facts = {
+        "method": "`{}`", "backend": "{}", "q_heads": "H = {}", "seq_len": "N = {}",
+        "q_block": "blocks of {}", "phase": "{}",
+    }  # fmt: skip
+    kept = {"seq_len", "phase"}
+    told = [name for name in facts if name in kept or len({getattr(x, name) for x in firsts}) > 1]
+    return [
+        f"{', '.join(facts[name].format(getattr(x, name)) for name in told)}: {x.call_us:.0f} us"
+        for x in firsts
+    ]
 
 
 def _place(kernel: str, parts: list[dict[str, float]]) -> tuple[bool, bool, float]:

@@ -24,12 +24,14 @@ FAST = "flash", "varlen", "fa4"  # backends that not every GPU has
 class Sweep:
     """Measure methods over a range of problems: table, CSV and figures.
 
-    Every combination of the lists is measured; `standard` always, since speed-ups are held
-    against it.
+    Every combination of the lists is measured, and `standard` with it.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
     """Presets, NAME:parameter=value,... or FILE.py:NAME for a method of your own."""
+    baseline: bool = True
+    """Measure `standard` in any case, which speed-ups are held against; without it, lengths are
+    in reach at which dense attention takes minutes a call."""
     backends: tuple[str, ...] | None = None
     """Ways to run them; by default what suits the device (see `list`)."""
     seq_len: tuple[int, ...] | None = None
@@ -171,7 +173,7 @@ def _cells(request: Sweep) -> tuple[Cell, ...]:
     """Methods x backends, as far as a backend computes a method; the baseline comes first."""
     device = torch.device(request.device)
     parsed: dict[Method, str] = {}
-    for spec in (BASELINE, *request.methods):
+    for spec in (*[BASELINE] * request.baseline, *request.methods):
         method = parse_method(spec)
         for known, other in parsed.items():
             if known.name == method.name and type(known) is not type(method):

@@ -15,9 +15,9 @@ from bench.request import expand
 from bench.tables import write_table
 
 LINE = Line(
-    seq_len=1024, device_name="chip", torch="2", code="abc", method="standard", params=None,
-    backend="flex", phase="fwd", clock="device", kernel="large", launches=1.0, us=90.0,
-    call_us=100.0,
+    seq_len=1024, q_block=128, kv_block=128, device_name="chip", torch="2", code="abc",
+    method="standard", params=None, backend="flex", phase="fwd", clock="device",
+    kernel="large", launches=1.0, us=90.0, call_us=100.0,
 )  # fmt: skip
 CALL = [
     LINE,
@@ -60,6 +60,9 @@ def test_the_table_names_the_call_and_each_share():
     text = console.export_text()
     assert "standard on flex, fwd, N = 1024" in text and "100.0 us by the device clock" in text
     assert "90.0%" in text and "9.0%" in text
+    assert "blocks" not in text
+    print_profile([replace(line, q_block=64, kv_block=32) for line in CALL], console)
+    assert "128, bfloat16, blocks 64x32: 100.0 us" in console.export_text()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -249,9 +250,9 @@ def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first(tmp_path):
              2048: {"short": 150.0, "other": 48.0, BETWEEN: 2.0}}  # fmt: skip
     lines = [
         Line(
-            seq_len=n, device_name="chip", torch="2", code="abc", method="standard", params=None,
-            backend="flex", phase="fwd", clock="device", kernel=kernel, launches=1.0, us=us,
-            call_us=sum(parts.values()),
+            seq_len=n, q_block=128, kv_block=128, device_name="chip", torch="2", code="abc",
+            method="standard", params=None, backend="flex", phase="fwd", clock="device",
+            kernel=kernel, launches=1.0, us=us, call_us=sum(parts.values()),
         )
         for n, parts in spent.items()
         for kernel, us in parts.items()
@@ -266,3 +267,9 @@ def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first(tmp_path):
         "| others | 1 us, 1% | - |",
         f"| {BETWEEN} | 19 us, 19% | 2 us, 1% |",
     ]
+    narrow = [replace(line, q_block=64, kv_block=64, method="bigbird") for line in lines[:4]]
+    write_table(tmp_path / "y.csv", [*lines[4:], *narrow], Line)
+    assert profiles(tmp_path / "y.csv").splitlines()[0] == (
+        "| kernel | `standard`, N = 2048, blocks of 128, fwd: 200 us "
+        "| `bigbird`, N = 1024, blocks of 64, fwd: 100 us |"
+    )

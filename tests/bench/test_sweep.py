@@ -49,6 +49,14 @@ def test_a_sweep_writes_rows_tables_and_figures_and_resumes(tmp_path):
     assert [row.seq_len for row in read_rows(path)] == [96] * 12 + [128] * 12
 
 
+def test_without_the_baseline_nothing_dense_is_measured(tmp_path):
+    done = run(*SMALL, "--no-baseline", "--phases", "fwd_bwd", "--run", "a", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(tmp_path / "results" / "a.csv")
+    assert (row.method, row.backend, row.status) == ("spattention", "blockwise", "ok")
+    assert "spattention" in done.stdout and "standard  " not in done.stdout
+
+
 def test_incomplete_groups_are_measured_again_whole(tmp_path):
     assert run(*SMALL, "--run", "a", folder=tmp_path).returncode == 0
     path = tmp_path / "results" / "a.csv"
