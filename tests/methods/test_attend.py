@@ -252,3 +252,15 @@ def test_tiles_divide_blocks_and_one_another(block_size, dtype, monkeypatch):
     assert (tiles == {}) == (dtype == "bfloat16" and block_size == (128, 128))
     short = module._tiles(Problem(seq_len=100, head_dim=64, dtype="float32"), (128, 128))
     assert not any(name.startswith("fwd_") for name in short)
+
+
+@pytest.mark.parametrize("head_dim", [129, 160, 192, 255])
+@pytest.mark.parametrize("three_tf32", [True, False])
+def test_tiles_of_wide_heads_fit_in_float32(head_dim, three_tf32, monkeypatch):
+    module = sys.modules["methods.attend"]
+    monkeypatch.setattr(module, "_three_tf32", lambda: three_tf32)
+    tiles = module._tiles(Problem(seq_len=1024, head_dim=head_dim, dtype="float32"), (128, 128))
+    rows = tiles["fwd_BLOCK_M"] + 2 * tiles["fwd_num_stages"] * tiles["fwd_BLOCK_N"]
+    assert rows * 256 * 4 <= 163 << 10  # what a block may use of an A100, and of no other less
+    whole = module._tiles(Problem(seq_len=1024, head_dim=256, dtype="float32"), (128, 128))
+    assert whole is None  # torch has tiles for it
