@@ -165,13 +165,16 @@ def _runs(pid):
         return False
 
 
-def keeps_tuned_shapes(_: int) -> bool:
-    return torch._inductor.config.autotune_local_cache
+def setting(name: str) -> object:
+    return getattr(torch._inductor.config, name)
 
 
-def test_no_process_takes_over_what_another_tuned():
-    found = side_by_side(keeps_tuned_shapes, [(1,), (2,)], set_up_sweep, 60.0, lambda: None)
-    assert [kept for _, kept in found] == [False, False]
+def test_processes_side_by_side_take_over_no_tuned_shape_and_start_no_others():
+    jobs = [("autotune_local_cache",), ("compile_threads",)]
+    found = side_by_side(setting, jobs, set_up_sweep, 60.0, lambda: None)
+    assert {name: value for (name,), value in found} == {
+        "autotune_local_cache": False, "compile_threads": 1
+    }  # fmt: skip
 
 
 def test_compiling_ahead_survives_a_death(group):
