@@ -57,6 +57,8 @@ def sections() -> dict[str, Callable[[], str]]:
     }
     if (RESULTS / "h200/rounds.csv").exists():
         found["rounds"] = lambda: rounds(_rows("h200/rounds"))
+    if others := [x for x in _measured("h200/xformers") if x.backend in ("flex", "xformers")]:
+        found["xformers"] = lambda: _references(others)
     if references := _measured("h200/references*"):
         found["references"] = lambda: _references(references)
     trained = _measured("h200/train*")

@@ -22,8 +22,8 @@ def proofs(results: Path) -> str:
         results: the folder that has h200/ and cpu/.
     """
     parts = (
-        verdict_proofs, _clock_proofs, kill_proofs, matrix_proofs, fault_proofs, _sweep_proofs,
-        repeat_proofs, serial_proofs, _cost_proofs, block_list_proofs,
+        verdict_proofs, _clock_proofs, kill_proofs, matrix_proofs, fault_proofs, time_proofs,
+        _sweep_proofs, repeat_proofs, serial_proofs, _cost_proofs, block_list_proofs,
     )  # fmt: skip
     found = [proof for part in parts for proof in part(results)]
     return "\n".join(markdown(("what", "measured", "made by"), found, numbers=()))
@@ -77,18 +77,31 @@ def kill_proofs(results: Path) -> Iterator[Proof]:
         )
 
 
-def _sweep_proofs(results: Path) -> Iterator[Proof]:
-    cold, warm = (read_rows(results / f"h200/sweep_{name}.csv") for name in ("cold", "warm"))
-    cells = len({_cell(row) for row in cold})
-    for name, caches in (("cold", "empty"), ("warm", "full")):
-        lines = _records(results / f"h200/sweep_{name}.time.csv")
-        spent = {x["spent_on"]: float(x["seconds"]) for x in lines}
+def time_proofs(results: Path) -> Iterator[Proof]:
+    """Where the time of whole sweeps went."""
+    sweeps = {
+        "default": ("the default sweep, {} cells, from empty caches", "`make bench`"),
+        "sweep_cold": ("a sweep of {} cells from empty caches", "`run_bench.py`"),
+        "sweep_warm": ("a sweep of {} cells from full caches", "`run_bench.py`"),
+    }
+    for name, (what, command) in sweeps.items():
+        cells = {_cell(row) for row in read_rows(results / f"h200/{name}.csv")}
+        spent = sweep_seconds(results / f"h200/{name}.time.csv")
         parts = sorted(spent.items(), key=lambda item: -item[1])
         yield (
-            f"a sweep of {cells} cells from {caches} caches: {sum(spent.values()):.0f} s",
+            f"{what.format(len(cells))}: {sum(spent.values()):.0f} s",
             ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts if seconds >= 1),
-            "`run_bench.py`",
+            command,
         )
+
+
+def sweep_seconds(path: Path) -> dict[str, float]:
+    """What a sweep's time was spent on, from its NAME.time.csv."""
+    return {x["spent_on"]: float(x["seconds"]) for x in _records(path)}
+
+
+def _sweep_proofs(results: Path) -> Iterator[Proof]:
+    cold, warm = (read_rows(results / f"h200/sweep_{name}.csv") for name in ("cold", "warm"))
     first = {_cell(row): row.median_us for row in cold if row.clock == "device"}
     pairs = [(first.get(_cell(row)), row.median_us) for row in warm if row.clock == "device"]
     both = [(a, b) for a, b in pairs if a is not None and min(a, b) >= 50]
@@ -118,7 +131,7 @@ def serial_proofs(results: Path) -> Iterator[Proof]:
         yield what, f"{seconds / cells:.1f} s a cell, {cells} cells", "`make serial`"
         return
     _must_be_those_of(serial, read_rows(path))
-    swept = sum(float(x["seconds"]) for x in _records(spent))
+    swept = sum(sweep_seconds(spent).values())
     yield (
         f"{cells} cells {what}, or by a sweep; empty caches",
         f"{seconds:.0f} s one after the other, {swept:.0f} s by a sweep: {seconds / swept:.1f} x",
@@ -173,7 +186,13 @@ def matrix_proofs(results: Path) -> Iterator[Proof]:
     if not path.exists():
         return
     cells = _records(path)
-    sizes = [len({x[axis] for x in cells}) for axis in ("method", "dtype", "head_dim")]
+    dims = {x["dtype"]: sorted({int(y["head_dim"]) for y in cells if y["dtype"] == x["dtype"]})
+            for x in cells}  # fmt: skip
+    types = {tuple(own): [x for x, other in dims.items() if other == own] for own in dims.values()}
+    sizes = (
+        f"{' and '.join(names)} at head dims {', '.join(map(str, own))}"
+        for own, names in types.items()
+    )
     others = Counter(
         f"{x['status']} ({x['limit']})" if x["limit"] else x["status"]
         for x in cells
@@ -183,7 +202,7 @@ def matrix_proofs(results: Path) -> Iterator[Proof]:
     right = f"{len(budgets)} of {len(cells)} right, at most {max(budgets):.2f} of an error budget"
     yield (
         "compiled FlexAttention against float64, forward alone and with gradients: "
-        "{} presets, {} types, {} head dims".format(*sizes),
+        f"{len({x['method'] for x in cells})} presets, {'; '.join(sizes)}",
         "; ".join([right, *(f"{count} {what}" for what, count in others.most_common())]),
         "`make matrix`",
     )

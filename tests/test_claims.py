@@ -10,6 +10,8 @@ import pytest
 
 from bench.ceilings import Ceilings, Needed, beyond, cold_bytes
 from bench.derived import FLOPS_PER_PAIR
+from bench.paper import MICRO_BENCHMARK
+from bench.readme_proofs import sweep_seconds
 from bench.record import ROOT, read_rows
 from methods import METHODS
 from tests.kills import KINDS
@@ -99,11 +101,20 @@ def test_two_sweeps_agree_within_2_percent_in_95_of_100_cells():
     assert near >= 0.95 * len(both)
 
 
-@pytest.mark.parametrize("name", ["sweep_cold", "sweep_warm"])
+@pytest.mark.parametrize("name", ["default", "sweep_cold", "sweep_warm"])
 def test_the_gate_takes_less_than_15_percent_of_a_sweep(name):
-    seconds = {x["spent_on"]: float(x["seconds"]) for x in records(H200 / f"{name}.time.csv")}
+    seconds = sweep_seconds(H200 / f"{name}.time.csv")
     assert {"compile", "gate", "sample"} <= seconds.keys()
     assert 0 < seconds["gate"] < 0.15 * sum(seconds.values())
+
+
+def test_the_default_sweep_ends_within_5_minutes_and_has_the_papers_point():
+    assert sum(sweep_seconds(H200 / "default.time.csv").values()) < 300
+    rows = [row for row in read_rows(H200 / "default.csv") if row.problem == MICRO_BENCHMARK]
+    compiled = [row for row in rows if row.backend == "flex"]
+    assert {row.method for row in compiled} == METHODS.keys()
+    assert {row.status for row in compiled} == {"ok"}
+    assert {row.status for row in rows} == {"ok", "unsupported"}
 
 
 # On a CPU all that ends a process or spoils a file; on a GPU what its own memory and kernels do.

@@ -130,7 +130,9 @@ def test_the_matrix_is_counted_by_status_and_limit(folder):
     lines.append("standard,float32,192,mismatch,7,,dq of head 0")
     write(folder, "matrix.csv", "\n".join(lines))
     ((what, measured, _),) = matrix_proofs(folder)
-    assert what.endswith("2 presets, 2 types, 3 head dims")
+    assert what.endswith(
+        "2 presets, float32 at head dims 64, 192, 256; float16 at head dims 64, 256"
+    )
     right = "4 of 9 right, at most 0.50 of an error budget"
     assert measured == f"{right}; 4 unsupported (shared memory); 1 mismatch"
 
