@@ -24,6 +24,7 @@ from bench.paper_speeds import (
 )
 from bench.specialisation import RECIPE, Specialised
 from bench.step_attention import trains
+from bench.trained_heads import TrainedHeads
 from methods import METHODS, Problem
 
 SPATTENTION, RELEASED = (reading["SPAttention"] for reading in paper.READINGS.values())
@@ -62,12 +63,13 @@ def shown(lines: Iterable[Throughput]) -> Iterator[tuple[str, list[Throughput]]]
 
 @dataclass(frozen=True)
 class Results:
-    """The four tables that a run of `paper` writes."""
+    """The tables that a run of `paper` writes."""
 
     complexity: list[Complexity]
     micro_benchmark: list[Point]
     throughput: list[Throughput]
     specialisation: list[Specialised]
+    trained_heads: list[TrainedHeads]
 
 
 class Claim(NamedTuple):

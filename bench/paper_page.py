@@ -22,6 +22,7 @@ from bench.specialisation import (
 )
 from bench.specs import parameters_text
 from bench.tables import markdown
+from bench.trained_heads import INITIAL, SEQUENCES, TRAINED, TrainedHeads
 from methods import METHODS
 
 ROUNDED = 1.5e-4  # how far the mean of figures of four digits can lie from their printed average
@@ -38,6 +39,7 @@ def page(results: Results) -> str:
         _micro_benchmark(results.micro_benchmark),
         _throughput(results.throughput),
         _specialisation(results.specialisation),
+        _trained_heads(results.trained_heads),
         _quoted(),
     )
     return "\n".join(line for section in sections for line in (*section, ""))
@@ -292,21 +294,46 @@ MEASURES_TEXT = (
     "untrained row. Normalised: entropy over log(keys), of queries with two keys or more. Excess: "
     "standard deviation over heads of that. Divergence: Jensen-Shannon, in bits, of two heads "
     "over the keys that both see (`-`: no two heads share two keys of a query). Rows without a "
-    "key do not count. Ranges are over layers and seeds. No weights here are trained."
+    "key do not count. Ranges are over layers and seeds."
 )
+TRAIN_ON_A_TEXT = "run_bench.py train --text docstrings.txt"
 
 
 def _specialisation(lines: Sequence[Specialised]) -> Iterator[str]:
     yield from ("## Head specialisation", "", RECIPE_TEXT, "", MEASURES_TEXT, "")
-    heads = ("mask", "weights", "empty rows", "entropy", "sigma", "normalised", "excess",
-             "divergence")  # fmt: skip
-    groups = [list(group) for _, group in groupby(lines, key=lambda x: (x.method, x.weights))]
-    yield from markdown(heads, map(_specialised_cells, groups), numbers=range(2, len(heads)))
+    yield from _measures(lines)
     yield ""
     heads = ("", "entropy, the paper", "the recipe", "sigma, the paper", "the recipe")
     yield from markdown(heads, _by_the_recipe(lines))
     yield ""
     yield "![Entropy of each head](specialisation.png)"
+
+
+def _measures(lines: Iterable[Specialised]) -> Iterator[str]:
+    heads = ("mask", "weights", "empty rows", "entropy", "sigma", "normalised", "excess",
+             "divergence")  # fmt: skip
+    groups = [list(group) for _, group in groupby(lines, key=lambda x: (x.method, x.weights))]
+    yield from markdown(heads, map(_specialised_cells, groups), numbers=range(2, len(heads)))
+
+
+def _trained_heads(lines: Iterable[TrainedHeads]) -> Iterator[str]:
+    yield from ("### After training", "")
+    trainings: dict[tuple, list[TrainedHeads]] = {}
+    for x in lines:
+        about = x.model, x.data, x.recipe, x.seq_len, x.device, x.torch, x.source
+        trainings.setdefault(about, []).append(x)
+    if not trainings:
+        yield f"{NOT_MEASURED.capitalize()} here: no rows of `{TRAIN_ON_A_TEXT}`."
+    for (model, data, recipe, n, device, torch, source), own in trainings.items():
+        yield (
+            f"`{model}`, trained on the text `{data}` ({recipe.replace(',', ', ')}), on "
+            f"{SEQUENCES} sequences of it, N = {n}: before the first step (`{INITIAL}`) and after "
+            f"the last (`{TRAINED}`). Ranges are over layers. Measured on {device}, torch {torch} "
+            f"(`{source}`), by `{TRAIN_ON_A_TEXT}`."
+        )
+        yield ""
+        yield from _measures(own)
+        yield ""
 
 
 def _by_the_recipe(lines: Sequence[Specialised]) -> Iterator[list[str]]:
@@ -322,7 +349,7 @@ def _by_the_recipe(lines: Sequence[Specialised]) -> Iterator[list[str]]:
 def _specialised_cells(group: Sequence[Specialised]) -> list[str]:
     first = group[0]
     seeds = len({x.seed for x in group})
-    weights = first.weights if first.seed is None else f"{first.weights}, {seeds} seeds"
+    weights = f"{first.weights}, {seeds} seeds" if seeds > 1 else first.weights
     divergences = [x.divergence for x in group if x.divergence is not None]
     return [
         f"`{first.method}`", weights, f"{100 * first.empty:.1f} %",

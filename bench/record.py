@@ -65,6 +65,7 @@ class Row:
         losses: of every step from the first, those of the warm-up too; semicolon-separated.
         attention_us, other_us: time of the device in attention and in other kernels, in one step.
         recipe: steps, warm-up, learning rate and seed.
+        heads: of a text's training, how much heads differ: what `bench/trained_heads.py` writes.
     """
 
     run: str
@@ -129,6 +130,7 @@ class Row:
     attention_us: float | None = None
     other_us: float | None = None
     recipe: str | None = None
+    heads: str | None = None
 
     @property
     def problem(self) -> Problem:
@@ -141,8 +143,9 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _HEADER = (",".join(COLUMNS) + "\n").encode()
-# Of files from before there were rows of training, or their recipe, which are read all the same.
-_OLDER = [COLUMNS[: COLUMNS.index(name)] for name in ("model", "recipe")]
+# Of files from before there were rows of training, their recipe or their heads, which are read
+# all the same.
+_OLDER = [COLUMNS[: COLUMNS.index(name)] for name in ("model", "recipe", "heads")]
 _TYPES = get_type_hints(Row)
 LONGEST = 2**31 - 1  # characters of a field: samples and losses have no limit of their own
 

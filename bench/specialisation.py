@@ -34,7 +34,7 @@ class Specialised:
     """Measures of one layer's attention; entropies in nats. Rows without a key do not count.
 
     Attributes:
-        weights: "uniform" over the mask's keys, or "untrained".
+        weights: "uniform" over the mask's keys, "untrained", or of a model of `train`.
         seed, layer: None for uniform attention; layers count from 1.
         entropy: mean over heads of each head's mean over queries.
         sigma: standard deviation of the heads' entropies over the heads (ddof 0).
@@ -107,10 +107,15 @@ def untrained(allowed: Tensor, p: Problem, layers: int, seed: int) -> Iterator[T
     x = torch.randn(p.batch, p.seq_len, width, generator=random)
     for _ in range(layers):
         q, k, v = heads(x), heads(x), heads(x)
-        scores = (q @ k.mT / math.sqrt(p.head_dim)).masked_fill(~allowed, torch.finfo().min)
-        attention = scores.softmax(-1) * allowed  # a row without a key is 0
+        attention = weights_of(q, k, allowed)
         yield attention
         x = linear((attention @ v).transpose(1, 2).flatten(2))
+
+
+def weights_of(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
+    """Attention weights [B, H, N, N] of q and k [B, H, N, D]; a row without a key is 0."""
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~allowed, torch.finfo(q.dtype).min)
+    return scores.softmax(-1) * allowed
 
 
 def measure(

@@ -28,10 +28,12 @@ from bench.measure import ERRORS, Clockwork, Machine, measure_group
 from bench.models import Model, build, compile_model, parameters, recompute_layers
 from bench.record import STATUSES, STEP, Row, environment
 from bench.sampling import Series
+from bench.specialisation import Specialised
 from bench.specs import parse_method
 from bench.step_attention import IDENTITY, step_attention
 from bench.step_kernels import kernel_split
 from bench.text import read_text
+from bench.trained_heads import INITIAL, MOST_TOKENS, TRAINED, head_measures, written
 from methods import Method
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
@@ -232,6 +234,7 @@ class _Training:
     def measure(self, machine: Machine, announce: Callable[[str], None]) -> None:
         """Fills in what the row of the step holds."""
         facts, device = self.prepared.facts, self.device
+        heads = self._heads(INITIAL, announce)
         for number in range(self.job.warmup):
             announce(f"step {number + 1} of the warm-up")
             self.step()
@@ -252,10 +255,29 @@ class _Training:
             facts["losses"] = None
             return
         self.prepared.series[STEP, "host"] = kept(times, readings, self.world, device)
+        if heads and (after := self._heads(TRAINED, announce)):
+            facts["heads"] = written(heads + after)
         if self.world.size > 1:
             return  # messages to the others run beside attention, and wait for them in kernels
         announce("the profiled steps")
         self._split(median(times))
+
+    def _heads(self, weights: str, announce: Callable[[str], None]) -> list[Specialised]:
+        """How much the heads of every layer differ now; random tokens teach them nothing."""
+        job, method = self.job, self.prepared.method
+        long = job.group.problem.seq_len > MOST_TOKENS
+        if job.text is None or self.world.size > 1 or method == IDENTITY or long:
+            return []
+        announce(f"the heads, {weights}")
+        # Of every method the same tokens, and others than those of the first step.
+        others = replace(job, group=replace(job.group, seed=job.group.seed + 1))
+        ids, _ = tokens(others, self.world, self.device)()
+        try:
+            return head_measures(self.model, job.model, method, job.group, ids, weights)
+        except CELL_ERRORS as error:  # a step that was timed is not lost for it
+            raise_if_lost(self.device)
+            self.prepared.uncaptured[STEP] = f"heads not measured: {one_line(error)}"
+            return []
 
     def _split(self, step_us: float) -> None:
         """By kernels, where that can be: a step that was timed is not lost for it.

@@ -19,6 +19,7 @@ from bench.paper_speeds import micro_benchmark, throughput
 from bench.record import ROOT, Store, read_rows
 from bench.specialisation import RECIPE, specialisation
 from bench.tables import read_table, write_table
+from bench.trained_heads import INITIAL, TRAINED, TrainedHeads
 from methods import METHODS
 from run_bench import main
 from tests.bench.rows import sweep_rows
@@ -35,7 +36,23 @@ def results():
         micro_benchmark=micro_benchmark(rows, "rows.csv"),
         throughput=throughput(rows, "rows.csv"),
         specialisation=list(specialisation(p=small, layers=2, seeds=(0,))),
+        trained_heads=trained_heads(),
     )
+
+
+def trained_heads():
+    """Of a model of one layer, under one mask."""
+    about = {"method": "spattention", "sigma": 0.25, "excess": 0.0, "bound": 4.0, "empty": 0.4,
+             "head_entropy": "2;3", "divergence": None, "device": "Chip X", "torch": "2.11",
+             "source": "train.csv", "model": "table2", "data": "words@12", "seq_len": 1024,
+             "recipe": "steps=300,seed=0", "backend": "flex"}  # fmt: skip
+    moments = {"uniform": (3.0, 1.0), INITIAL: (2.5, 0.9), TRAINED: (1.5, 0.4321)}
+    return [
+        TrainedHeads(weights=weights, seed=None if weights == "uniform" else 0,
+                     layer=None if weights == "uniform" else 1, entropy=entropy,
+                     normalised=normalised, **about)
+        for weights, (entropy, normalised) in moments.items()
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
@@ -228,6 +245,16 @@ def test_every_figure_of_the_paper_is_on_the_page(results):
         assert f"{theirs.entropy:.4f}" in text and f"{theirs.sigma_high:.4f}" in text
 
 
+def test_the_page_has_heads_of_a_trained_model_or_says_that_there_are_none(results):
+    text = page(results)
+    assert "`table2`, trained on the text `words@12` (steps=300, seed=0)" in text
+    line = next(x for x in text.splitlines() if x.startswith("| `spattention` | trained |"))
+    assert line == ("| `spattention` | trained | 40.0 % | 1.5000 | 0.2500 | 0.4321 | 0.0000 | - |")
+    bare = page(dataclasses.replace(results, trained_heads=[]))
+    assert "Not measured here: no rows of `run_bench.py train --text" in bare
+    assert "words@12" not in bare
+
+
 def test_the_page_says_what_the_released_code_does(results):
     text = page(results)
     for fact in (
@@ -290,6 +317,7 @@ def test_the_command_makes_all_and_says_what_it_skips(made):
     assert "nor are there older rows" in said
     assert sorted(p.name for p in tables.iterdir()) == [
         "complexity.csv", "micro_benchmark.csv", "specialisation.csv", "throughput.csv",
+        "trained_heads.csv",
     ]  # fmt: skip
     text = (plots / "README.md").read_text()
     assert text == page(read_results(tables))
