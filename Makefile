@@ -11,13 +11,15 @@
 # make clocks                         (GPU) the device clock against CUPTI's and triton's
 # make attend-cost                    (GPU) what attend() costs a call
 # make serial                         (GPU) what cells cost that are compiled and timed one by one
+# make results ARGS="lengths train"   (GPU) the files of results/h200, by the commands that made them
 # The first of them installs everything into .venv; EXTRAS=dev,flash also flash-attn-4 (Hopper GPUs).
 
 PYTHON ?= python3
 ARGS =
 EXTRAS = dev
 
-.PHONY: bench paper test readme kills detection faults matrix clocks attend-cost serial clean
+.PHONY: bench paper test readme kills detection faults matrix clocks attend-cost serial \
+	results clean
 
 bench: .venv/installed
 	.venv/bin/python run_bench.py $(ARGS)
@@ -39,7 +41,7 @@ kills detection faults: .venv/installed
 docstrings.txt: .venv/installed
 	.venv/bin/python -m bench.docstrings $@
 
-matrix clocks attend-cost serial: .venv/installed
+matrix clocks attend-cost serial results: .venv/installed
 	.venv/bin/python -m tests.gpu.$(subst -,_,$@) $(ARGS)
 
 clean:

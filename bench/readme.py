@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench import report
 from bench.derived import BASELINE, Board, Cell, in_order, problem_of
+from bench.profile import Line, read_profile
 from bench.readme_proofs import faults, proofs
 from bench.readme_speeds import (
     answer,
@@ -46,8 +47,8 @@ def sections() -> dict[str, Callable[[], str]]:
         "fastest": lambda: fastest(_rows("h200/backends")),
         "fastest-all": lambda: fastest(_rows("h200/paper_speeds")),
         "targets": lambda: targets(_rows("h200/backends")),
-        "profile-varlen": lambda: profiles(RESULTS / "h200/profile_varlen.csv"),
-        "profile-reformer": lambda: profiles(RESULTS / "h200/profile_reformer.csv", 0.05),
+        "profile-varlen": lambda: profiles(_profile("varlen") + _profile("varlen_heads")),
+        "profile-reformer": lambda: profiles(_profile("reformer"), 0.05),
         "stand-ins": lambda: stand_ins(_rows("h200/lengths")),
         "cpu-forward": lambda: _forward(_rows("cpu/default")),
         "cpu": lambda: headline_markdown(_rows("cpu/default"), backend="blockwise"),
@@ -76,6 +77,10 @@ def render(text: str) -> str:
 
 def _rows(name: str) -> list[Row]:
     return read_rows(RESULTS / f"{name}.csv")
+
+
+def _profile(name: str) -> list[Line]:
+    return read_profile(RESULTS / f"h200/profile_{name}.csv")
 
 
 def _point_rows() -> list[Row]:

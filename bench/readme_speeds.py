@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from bench.compare import LIMIT
 from bench.derived import BASELINE, Board, Cell, boards, compare, in_order
-from bench.profile import BETWEEN, OTHERS, Line, calls, read_profile, shown
+from bench.profile import BETWEEN, OTHERS, Line, calls, shown
 from bench.record import CLOCKS, Row
 from bench.report import NOTHING, labels, problem_title, quantity
 from bench.tables import markdown
@@ -202,13 +201,13 @@ def targets(rows: list[Row]) -> str:
     return "\n".join(markdown(columns, lines, numbers=range(2, 6)))
 
 
-def profiles(path: Path, least: float = 0.02) -> str:
+def profiles(lines: Iterable[Line], least: float = 0.02) -> str:
     """Kernels of each call of a profile, the longest first: microseconds and share."""
-    found = calls(read_profile(path))
+    found = calls(lines)
     heads = _call_names([call[0] for call in found])
     parts = [{kernel: us for kernel, _, us in shown(call, least)} for call in found]
     kernels = sorted({x for part in parts for x in part}, key=lambda x: _place(x, parts))
-    lines = []
+    table = []
     for kernel in kernels:
         cells = [
             f"{part[kernel]:.0f} us, {part[kernel] / call[0].call_us:.0%}"
@@ -217,8 +216,8 @@ def profiles(path: Path, least: float = 0.02) -> str:
             for part, call in zip(parts, found, strict=True)
         ]
         name = kernel if len(kernel) <= WIDTH else f"{kernel[:WIDTH]}..."
-        lines.append((name, *cells))
-    return "\n".join(markdown(("kernel", *heads), lines))
+        table.append((name, *cells))
+    return "\n".join(markdown(("kernel", *heads), table))
 
 
 def _call_names(firsts: Sequence[Line]) -> list[str]:

@@ -12,7 +12,6 @@ from bench.readme import RESULTS, _references, _with_rivals, sections
 from bench.readme_proofs import kill_proofs, proofs
 from bench.readme_speeds import TARGETS, WIDTH, fastest, profiles, targets
 from bench.record import Store
-from bench.tables import write_table
 from tests.bench.rows import make_row
 from tests.bench.training import table2_step as step
 
@@ -245,7 +244,7 @@ def test_targets_are_by_the_fastest_backend_of_each_clock():
     assert [line.split(" | ")[-1] for line in rest[::2]] == ["5.8x |", "13x |"]
 
 
-def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first(tmp_path):
+def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first():
     spent = {1024: {"short": 10.0, "k" * 99: 70.0, "tiny": 1.0, BETWEEN: 19.0},
              2048: {"short": 150.0, "other": 48.0, BETWEEN: 2.0}}  # fmt: skip
     lines = [
@@ -257,8 +256,7 @@ def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first(tmp_path):
         for n, parts in spent.items()
         for kernel, us in parts.items()
     ]  # fmt: skip
-    write_table(tmp_path / "x.csv", lines, Line)
-    assert profiles(tmp_path / "x.csv").splitlines() == [
+    assert profiles(lines).splitlines() == [
         "| kernel | N = 1024, fwd: 100 us | N = 2048, fwd: 200 us |",
         "| --- | ---: | ---: |",
         "| short | 10 us, 10% | 150 us, 75% |",
@@ -268,8 +266,7 @@ def test_a_profile_has_a_column_a_call_and_the_longest_kernel_first(tmp_path):
         f"| {BETWEEN} | 19 us, 19% | 2 us, 1% |",
     ]
     narrow = [replace(line, q_block=64, kv_block=64, method="bigbird") for line in lines[:4]]
-    write_table(tmp_path / "y.csv", [*lines[4:], *narrow], Line)
-    assert profiles(tmp_path / "y.csv").splitlines()[0] == (
+    assert profiles([*lines[4:], *narrow]).splitlines()[0] == (
         "| kernel | `standard`, N = 2048, blocks of 128, fwd: 200 us "
         "| `bigbird`, N = 1024, blocks of 64, fwd: 100 us |"
     )

@@ -1,0 +1,84 @@
+"""The commands behind results/h200: each is one that the suite takes, and of what its file has."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.record import ROOT
+from bench.specs import parse_method
+from run_bench import _parse
+from tests.gpu import results
+from tests.gpu.results import COMMANDS, SWEEP, TRAIN, arguments, chosen, run
+
+H200 = ROOT / "results" / "h200"
+FILES = sorted(x.stem for x in H200.glob("*.csv") if "." not in x.stem)
+# A flag of a command, and the column that has its values.
+AXES = {
+    "seq_len": "seq_len", "backends": "backend", "phases": "phase", "head_dim": "head_dim",
+    "heads": "q_heads", "dtype": "dtype", "causal": "causal", "batch": "batch",
+    "block_size": "q_block",
+}  # fmt: skip
+
+
+def requests(name):
+    """What the suite makes of the commands of a file, as far as they are its own."""
+    for command in COMMANDS[name]:
+        words = arguments(name, command, Path("out"))
+        (start,) = (k for k, word in enumerate(words, 1) if word.endswith("run_bench.py"))
+        yield _parse(words[start:])
+
+
+@pytest.mark.parametrize("name", [x for x in COMMANDS if "-m " not in COMMANDS[x][0]])
+def test_the_suite_takes_every_command(name):
+    for request in requests(name):
+        assert str(request.output) == "out"
+        assert request.run in (name, name.removesuffix("_speeds"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_committed_file_has_nothing_that_its_commands_do_not_ask_for(name):
+    """Of those that a sweep or a training made; an axis that a command leaves open is its own."""
+    if not COMMANDS[name][0].startswith((SWEEP, TRAIN)):
+        return
+    asked = list(requests(name))
+    with (H200 / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {parse_method(spec).name for request in asked for spec in request.methods}
+    assert {row["method"] for row in rows} <= names | {"standard", "identity"}
+    assert {row["run"] for row in rows} <= {name, name.removesuffix("_float32"), f"{name}_2"}
+    for flag, column in AXES.items():
+        given = [getattr(request, flag, None) for request in asked]
+        if None not in given:
+            allowed = {str(value) for values in given for value in values} | {"identity", "step"}
+            assert {row[column] for row in rows} <= allowed, column
+
+
+def test_names_stand_for_all_that_begin_so():
+    assert chosen([]) == list(COMMANDS)
+    assert chosen(["train_olmoe", "point"]) == ["point", "train_olmoe_small", "train_olmoe_large"]
+    with pytest.raises(ValueError, match="'nothing' is no file's name; they are default, "):
+        chosen(["nothing"])
+
+
+@pytest.mark.parametrize(("status", "good"), [(0, True), (3, False)])
+def test_a_file_is_made_by_all_its_commands_even_where_one_fails(
+    monkeypatch, tmp_path, capsys, status, good
+):
+    script = tmp_path / "said.py"
+    script.write_text(f"import sys; print(sys.argv[1:]); sys.exit({status})")
+    commands = ("run_bench.py sweep --heads 1", "torchrun -- run_bench.py train", "-m x y")
+    monkeypatch.setitem(results.COMMANDS, "made", commands)
+    monkeypatch.setattr(results.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        results, "arguments", lambda name, command, folder: [sys.executable, script, command]
+    )
+    assert run("made", tmp_path, tmp_path) is good
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["made"] * 3
+    assert said[0].startswith(f"made: status {status}, ")
+    assert said[1] == f"made: left out, which needs two GPUs: {commands[1]}"
+    assert (tmp_path / "made.log").read_text().splitlines() == [
+        str([commands[0]]), str([commands[2]])
+    ]  # fmt: skip
