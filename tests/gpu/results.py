@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "default": (SWEEP,),
     "sweep_cold": (WHOLE,),
     "sweep_warm": (WHOLE,),
-    "serial": ("-m tests.gpu.serial --heads 8 16",),
+    "serial": ("-m tests.gpu.serial --heads 8 16",),  # the cells of sweep_serial
     "sweep_serial": (f"{CELLS} --seq-len {LENGTHS} --heads 8 16 --head-dim 128",),
     "point": (f"{SWEEP} --seq-len 4096 --backends flex {DENSE} --phases fwd bwd fwd_bwd",),
     "lengths": (

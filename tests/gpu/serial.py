@@ -3,9 +3,7 @@
 `python -m tests.gpu.serial --output FILE` takes five presets at six lengths and three head counts
 from empty caches, forward and backward, with torch.compile and CUDA events and without a gate, and
 writes the wall time, to be held against that of a sweep of the same cells from empty caches:
-
-    run_bench.py --run sweep_serial --methods METHODS_TAKEN --seq-len LENGTHS --heads HEADS \\
-        --head-dim 128 --backends flex --phases fwd_bwd --seconds 1
+`make results ARGS="serial sweep_serial"`.
 """
 
 from __future__ import annotations
