@@ -71,7 +71,7 @@ class Compare:
     """The method that it is held against."""
     fail_slower: float | None = None
     """Exit with 1 where anything is slower by more than this many percent, by all of its
-    interval."""
+    interval, or the second file has no time of what the first has one of."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {f'{named}: {error.strerror}' if named else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print("interrupted; finished groups are in the CSV, --resume goes on", file=sys.stderr)
+        told = "interrupted; what was finished is in the CSV, and --run NAME --resume goes on"
+        print(told, file=sys.stderr)
         return 128 + (interruption.args or (signal.SIGINT,))[0]
 
 

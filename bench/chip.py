@@ -1,12 +1,17 @@
-"""What a chip says about itself round a sample: clock, power, temperature, why it is slow."""
+"""What a chip says about itself round a sample: clock, power, temperature, why it is slow.
+
+Of a CPU what the kernel says: whether others are at work on its cores.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pynvml
@@ -21,6 +26,11 @@ SLOWDOWN = {
 }
 # A chip at its power cap is at its own limit: normal in large dense cells, so only recorded.
 RECORDED = SLOWDOWN | {pynvml.nvmlClocksEventReasonSwPowerCap: "power cap"}
+# Threads that wait for one whose core another process has make a call many times too slow.
+SHARED_CORES = "others on its cores"
+OTHERS = 0.1  # of the time of the cores; below it they do not count
+LOOKED_BACK = 0.5  # seconds; /proc/stat counts in hundredths
+CPU_TIMES = Path("/proc/stat")
 
 
 class Reading(NamedTuple):
@@ -47,9 +57,9 @@ HELD = 0.1  # seconds; power and temperature are averages over about as long, an
 
 
 def reader(device: torch.device) -> Reader:
-    """What reads the chip of a device; it reads None on a CPU, and where NVML does not answer."""
+    """What reads the chip of a device; it reads None where nothing is told."""
     if device.type != "cuda":
-        return lambda: None
+        return _Cores().read if CPU_TIMES.exists() else lambda: None
     try:
         pynvml.nvmlInit()
         # By its name, since CUDA_VISIBLE_DEVICES may have numbered the devices anew.
@@ -79,6 +89,32 @@ class _Watch:
             self.asked = time.perf_counter()
         named = tuple(name for bit, name in RECORDED.items() if reasons & bit)
         return Reading(sm_mhz, self.power_w, self.celsius, named)
+
+
+class _Cores:
+    """Whether others were at work on this process's cores: other processes, or other machines."""
+
+    def __init__(self) -> None:
+        self.cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        self.before, self.reasons = self._spent(), ()
+
+    def read(self) -> Reading:
+        wall, busy, own = (b - a for a, b in zip(self.before, self._spent(), strict=True))
+        if wall >= LOOKED_BACK:
+            shared = busy - own > OTHERS * wall * len(self.cores)
+            self.reasons = (SHARED_CORES,) if shared else ()
+            self.before = self._spent()
+        return Reading(None, None, None, self.reasons)
+
+    def _spent(self) -> tuple[float, float, float]:
+        """Seconds: of the clock; that the cores were at work for anybody; and for this process."""
+        ticks = 0
+        for line in CPU_TIMES.read_text().splitlines():
+            name, *counts = line.split()
+            if name in self.cores:
+                user, nice, system, _idle, _waiting, *others = map(int, counts[:8])
+                ticks += user + nice + system + sum(others)  # interrupts, and other machines
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
 def summary(readings: Sequence[Reading]) -> dict:

@@ -57,8 +57,15 @@ class Key(NamedTuple):
 
 
 class Side(NamedTuple):
+    """What is compared.
+
+    Attributes:
+        whole: whether it is to have what the other has; a method runs on some backends only.
+    """
+
     name: str
     rows: dict[Key, Row]
+    whole: bool
 
 
 class Pair(NamedTuple):
@@ -75,7 +82,7 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
 
     Returns:
         The exit status: 1 where a whole interval has B slower by more than `fail_slower` percent,
-        or, if that is given, B has no time of what A has one of.
+        or, if that is given, B has no time of what A has one of and B should have.
 
     Raises:
         ValueError: `fail_slower` is no percentage, nothing matches, or samples are damaged.
@@ -90,9 +97,13 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
     limit = math.inf if fail_slower is None else 1 + fail_slower / 100
     slower = [p for p in pairs if p.speed and verdict(p.speed, limit) == "slower"]
     _print_notes([(f"slower by more than {fail_slower:g} %", p.key) for p in slower], console)
+    if fail_slower is None:
+        return 0
     times = {key for key, row in b.rows.items() if _status(row) == "ok"}
-    lost = {key for key, row in a.rows.items() if _status(row) == "ok"} - times
-    return 1 if slower or (lost and fail_slower is not None) else 0
+    timed = (key for key, row in a.rows.items() if _status(row) == "ok")
+    lost = [key for key in timed if key not in times and b.whole]
+    _print_notes([("no time of it in B, which fails", key) for key in lost], console)
+    return 1 if slower or lost else 0
 
 
 def sides(csv: Path, other: Path | None, method: str | None, against: str | None) -> list[Side]:
@@ -138,7 +149,7 @@ def _of_file(path: Path) -> Side:
             raise ValueError(f"{path} has cells of {devices}; compare files of one device each")
         # Two files may hold two runs of one name; without round numbers their rows do not pair.
         found[key] = replace(row, rounds=None)
-    return Side(str(path), found)
+    return Side(str(path), found, whole=True)
 
 
 def _of_method(rows: Sequence[Row], name: str, path: Path) -> Side:
@@ -150,7 +161,7 @@ def _of_method(rows: Sequence[Row], name: str, path: Path) -> Side:
         raise ValueError(f"{path} has {has} {name!r}; allowed: {choice}")
     chosen = [row for row in rows if (row.method, row.params) == found[0][:2]]
     own = {_key(row, Cell("", None, row.backend), row.device): row for row in chosen}
-    return Side(f"{found[0].label} in {path}", own)
+    return Side(f"{found[0].label} in {path}", own, whole=False)
 
 
 def _key(row: Row, cell: Cell, device: str | None = None) -> Key:

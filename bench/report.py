@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from bench.chip import SHARED_CORES
 from bench.derived import BASELINE, Board, Cell, Gain, boards, problem_of
 from bench.record import Row
 
@@ -295,6 +296,13 @@ def _disturbed(board: Board) -> Iterator[Text]:
         yield Text(
             f"warning: {wide} medians are known to worse than {WIDE:.0%}: end other work on the "
             "machine, or take longer (--seconds).",
+            style="yellow",
+        )
+    shared = sum(SHARED_CORES in (row.throttled or "") for row in rows)
+    if shared:
+        yield Text(
+            f"warning: {shared} rows were sampled while others were at work on the same cores, "
+            "which can make a call many times too slow: end them, and measure again.",
             style="yellow",
         )
     capped = sum("power cap" in (row.throttled or "") for row in rows)

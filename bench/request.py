@@ -77,6 +77,7 @@ def expand(request: Sweep) -> list[Group]:
     Raises:
         ValueError: a value is wrong, in one line.
     """
+    check_resumed(request.run, request.resume)
     asked = request.methods if request.methods != Sweep.methods else ()
     request = _with_defaults(request)
     for field in fields(request):
@@ -161,6 +162,12 @@ def _check_scalars(request: Sweep) -> None:
     if not 0 <= request.seed < 1 << 32:
         raise ValueError(f"--seed is {request.seed}; it must be 0 to {(1 << 32) - 1}")
     check_run_name(request.run)
+
+
+def check_resumed(run: str | None, resume: bool) -> None:
+    """Raises ValueError where nothing says which run to go on with."""
+    if resume and run is None:
+        raise ValueError("--resume goes on with a run, so it needs its name: --run NAME")
 
 
 def check_run_name(run: str) -> None:

@@ -38,6 +38,7 @@ def sweep(request: Sweep, console: Console) -> int:
     csv_path, plots = destination(request.output, groups[0].run, request.resume)
     clockwork = Clockwork()
     with Store(csv_path) as store, _timed(csv_path.with_suffix(".time.csv"), clockwork):
+        console.print(f"run {groups[0].run}: {csv_path}", highlight=False)
         if store.damaged:
             console.print(f"damaged lines: {store.damaged}, now in {store.aside}", highlight=False)
         if missing := left_out(request):

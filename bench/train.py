@@ -20,7 +20,7 @@ from bench.derived import BASELINE
 from bench.models import MODELS, Model, build, model_of_file, parameters, with_options
 from bench.ranks import JobFailed, Ranks, run_apart
 from bench.record import STEP, Environment, Row, Store, code_hash, environment
-from bench.request import FAST, check_run_name, destination, named_device
+from bench.request import FAST, check_resumed, check_run_name, destination, named_device
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
 from bench.steps import Job, compile_bytes, compile_first, method_of, unfinished
@@ -117,6 +117,7 @@ def expand(request: Train, ranks: Ranks) -> list[Job]:
     Raises:
         ValueError, OSError: a value is wrong, in one line.
     """
+    check_resumed(request.run, request.resume)
     _check(request)
     model = _model(request)
     device = named_device(request.device)

@@ -61,4 +61,60 @@ def test_what_a_chip_does_not_tell_is_none(nvml, monkeypatch):
     assert chip.reader(torch.device("cuda:0"))().power_w is None
     monkeypatch.setattr(pynvml, "nvmlInit", refused)
     assert chip.reader(torch.device("cuda:0"))() is None
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Two cores of a CPU of four: seconds of the clock, of these cores' work, and of our own."""
+    state = SimpleNamespace(wall=0.0, busy=0.0, elsewhere=0.0, stolen=0.0, own=0.0)
+    ticks = chip.os.sysconf("SC_CLK_TCK")
+
+    def text():
+        half, stolen, other = (
+            round(x * ticks) for x in (state.busy / 2, state.stolen, state.elsewhere)
+        )
+        return (
+            f"cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 {half} 0 0 99 9 0 0 {stolen} 0 0\n"
+            f"cpu1 0 0 {half} 99 9 0 0 0 0 0\ncpu2 {other} 0 0 99 9 0 0 0 0 0\nintr 1 2 3\n"
+        )
+
+    monkeypatch.setattr(chip, "CPU_TIMES", SimpleNamespace(exists=lambda: True, read_text=text))
+    monkeypatch.setattr(chip.os, "sched_getaffinity", lambda pid: {0, 1})
+    clock = SimpleNamespace(perf_counter=lambda: state.wall, process_time=lambda: state.own)
+    monkeypatch.setattr(chip, "time", clock)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("spent", "reasons"),
+    [
+        ({"busy": 1.9, "own": 1.9}, ()),
+        ({"busy": 1.0, "own": 0.9}, ()),
+        ({"busy": 1.5, "own": 1.0}, (chip.SHARED_CORES,)),
+        ({"busy": 0.5, "own": 0.5, "stolen": 0.4}, (chip.SHARED_CORES,)),
+        ({"busy": 0.5, "own": 0.5, "elsewhere": 1.0}, ()),
+    ],
+    ids=["all ours", "hardly others", "others", "another machine", "on other cores"],
+)
+def test_others_on_the_cores_of_a_cpu_are_told(cores, spent, reasons):
+    read = chip.reader(torch.device("cpu"))
+    vars(cores).update(spent, wall=1.0)
+    assert read() == chip.Reading(None, None, None, reasons)
+    assert not read().slowed  # it is told; where it never ends there would be no sample
+
+
+def test_the_cores_are_looked_at_over_half_a_second(cores):
+    read = chip.reader(torch.device("cpu"))
+    cores.wall, cores.busy = 0.4, 0.4
+    assert read().reasons == ()
+    cores.wall, cores.busy = 0.6, 0.6
+    assert read().reasons == (chip.SHARED_CORES,)
+    cores.wall = 1.0  # nobody since then, but not for long
+    assert read().reasons == (chip.SHARED_CORES,)
+    cores.wall = 1.2
+    assert read().reasons == ()
+
+
+def test_a_cpu_that_tells_nothing_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(chip, "CPU_TIMES", tmp_path / "no such file")
     assert chip.reader(torch.device("cpu"))() is None

@@ -335,7 +335,16 @@ def test_what_b_lost_fails_where_slower_would(write, capsys):
         assert run_bench.main(["compare", str(a), str(b), *flags]) == status
     crashed = write("c.csv", timed(), timed(backend="flash", status="crash"))
     assert run_bench.main(["compare", str(a), str(crashed), "--fail-slower", "5"]) == 1
+    capsys.readouterr()
+    assert run_bench.main(["compare", str(a), str(b), "--fail-slower", "5"]) == 1
+    assert "no time of it in B, which fails: spattention on flash" in capsys.readouterr().out
     assert run_bench.main(["compare", str(b), str(a), "--fail-slower", "5"]) == 0
+
+
+def test_a_method_need_not_run_where_another_does(write):
+    path = str(write("a.csv", timed(), timed(backend="sdpa-flash"), timed(method="bigbird")))
+    two = ["--method", "bigbird", "--against", "spattention", "--fail-slower", "5"]
+    assert run_bench.main(["compare", path, *two]) == 0
 
 
 def test_a_file_of_two_devices_is_refused(write, capsys):

@@ -3,6 +3,7 @@ import re
 import pytest
 from rich.console import Console
 
+from bench.chip import SHARED_CORES
 from bench.readme import update_marked
 from bench.readme_speeds import headline_markdown
 from bench.record import Store, read_rows
@@ -66,8 +67,10 @@ def test_what_disturbed_a_measurement_comes_with_a_remedy():
         [
             make_row(median_us=100.0, ci_high_us=120.0, discarded=3, throttled="thermal 3/9"),
             make_row(phase="fwd", median_us=100.0, throttled="power cap 2/9"),
+            make_row(phase="bwd", median_us=100.0, throttled=f"{SHARED_CORES} 1/9"),
         ]
     )
+    assert "1 rows were sampled while others were at work on the same cores" in text
     assert "3 samples were discarded" in text
     assert "let it cool" in text
     assert "1 medians are known to worse than 5%" in text

@@ -138,6 +138,8 @@ METHOD = Mine()
         (["--block-size", "64x"], "--block-size has '64x'"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--run", "a/b"], "--run is 'a/b'"),
+        (["--resume"], "--resume goes on with a run, so it needs its name: --run NAME"),
+        (["train", "--resume"], "so it needs its name: --run NAME"),
         (["--frobnicate", "3"], "--frobnicate"),
         (["--methods", "nowhere.py:METHOD"], "does not exist"),
         (["dance"], "'dance' is no command; it takes sweep, train, profile, plot, compare,"),
