@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import report
+from bench.complexity import Complexity
 from bench.derived import BASELINE, Board, Cell, in_order, problem_of
+from bench.paper import MICRO_BENCHMARK
 from bench.profile import Line, read_profile
 from bench.readme_proofs import faults, proofs
 from bench.readme_speeds import (
@@ -23,7 +25,7 @@ from bench.readme_speeds import (
 )  # fmt: skip
 from bench.readme_training import training
 from bench.record import CLOCKS, ROOT, STEP, Row, read_rows
-from bench.tables import markdown
+from bench.tables import markdown, read_table
 from methods import METHODS
 
 README = ROOT / "README.md"
@@ -103,12 +105,18 @@ def _measured(pattern: str) -> list[Row]:
 
 
 def _methods() -> str:
+    counted = read_table(RESULTS / "cpu/paper/complexity.csv", Complexity)
+    size = MICRO_BENCHMARK.seq_len, MICRO_BENCHMARK.q_heads
+    empty = {x.method: x.empty_rows for x in counted if (x.seq_len, x.q_heads) == size}
     lines = []
     for name, method in METHODS.items():
         about = (type(method).__doc__ or "").splitlines()[0].rstrip(".")
         about = about.replace("|", "\\|")  # as in |i - j|, which would end the column
-        lines.append((f"`{name}`", about, method.paper))
-    return "\n".join(markdown(("method", "what query i sees", "source"), lines, numbers=()))
+        share = report.NOTHING if empty[name] is None else f"{empty[name] / math.prod(size):.1%}"
+        lines.append((f"`{name}`", about, share, method.paper))
+    heads = ("method", "what query i sees", "rows without a key", "source")
+    told = "Rows without a key: of the (head, query) at N = {}, {} heads, causal.".format(*size)
+    return "\n".join([*markdown(heads, lines, numbers=(2,)), "", told])
 
 
 def _forward(rows: list[Row]) -> str:

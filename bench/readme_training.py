@@ -116,7 +116,7 @@ def _titles(found: Sequence[Training]) -> str:
 def _amiss(found: Sequence[Training]) -> str:
     """Which steps their two parts miss by more than they may."""
     told = [
-        f"{share:+.1%} `{cell.label}` on {cell.backend}, N = {x.head.seq_len}"
+        f"{share:+.1%} `{cell.label}` on {cell.backend}, {_head(x.head, found)}"
         for x in found
         for cell in _cells([x])
         if abs(share := missed(x.rows[cell]) or 0) > SPLIT
@@ -124,8 +124,8 @@ def _amiss(found: Sequence[Training]) -> str:
     if not told:
         return ""
     return (
-        f" Attention and the other kernels together should be a step to {SPLIT:.0%}, but leave of "
-        f"it: {'; '.join(told)}."
+        f" Attention and the other kernels together should be a step to {SPLIT:.0%}; they miss it "
+        f"by: {'; '.join(told)}."
     )
 
 

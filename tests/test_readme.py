@@ -60,6 +60,15 @@ def test_the_method_of_the_example_is_measured(tmp_path):
         assert rows[cell][0].allowed_pairs == 2 * pairs
 
 
+def test_the_call_of_the_example_is_differentiable():
+    (source,) = re.findall(r"```python\n(from torch import.*?)```", README.read_text(), re.DOTALL)
+    ran = {}
+    exec(source, ran)
+    assert ran["out"].shape == ran["q"].shape == (1, 8, 1024, 64)
+    ran["out"].sum().backward()
+    assert all(ran[name].grad.isfinite().all() for name in "qkv")
+
+
 def test_the_model_of_the_example_is_trained():
     (source,) = re.findall(r"```python\n(import torch.*?)```", README.read_text(), re.DOTALL)
     torch.manual_seed(0)

@@ -84,7 +84,7 @@ def test_columns_of_one_length_name_their_tokens():
 
 def test_a_step_that_its_parts_miss_is_said_under_the_table():
     row = step("spattention", "varlen", attention_us=40.0, other_us=50.0)
-    assert tabled([step(), row]).endswith("of it: +10.0% `spattention` on varlen, N = 1024.")
+    assert tabled([step(), row]).endswith("miss it by: +10.0% `spattention` on varlen, N = 1024.")
     assert "of it" not in tabled([step(), replace(row, other_us=58.0)])
 
 
