@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import torch
 import torch._dynamo.config
@@ -96,45 +97,79 @@ class Ranks:
         return status, "; ".join(f"rank {rank}: {reason}" for rank, (_, reason) in told.items())
 
 
-def run_apart(
-    job: Job, ranks: Ranks, cell: int, limit: float, announce: Callable[[str], None]
-) -> list[Row]:
-    """A job in a process of its own, together with those of the other ranks.
+class Started(NamedTuple):
+    """A process that waits for a job, or does it."""
+
+    process: SPAWN.Process
+    connection: Connection
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.join(STOP_LIMIT)
+
+
+class Apart:
+    """Runs jobs in processes of their own, together with those of the other ranks.
 
     Args:
-        cell: its number, the same in every rank.
-        limit: seconds without progress after which it is given up.
-
-    Raises:
-        JobFailed: here or in another rank.
+        ahead: whether the next job's process imports what it needs, which takes seconds, while
+            the one before is at work. On a CPU it would take the cores of what is timed.
     """
-    connection, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=_work, args=(theirs, job, ranks.rank, ranks.size, cell))
-    process.daemon = True
-    with interrupts_held():
-        process.start()
-    theirs.close()
-    try:
-        return _watch(connection, process, ranks, cell, limit, announce)
-    except JobFailed as failure:
-        process.kill()  # it may hold the device, and the others in a collective operation
-        if ranks.store is None:
-            raise
-        time.sleep(SETTLE)
-        raise JobFailed(*ranks.cause(cell)) from failure
-    finally:
-        connection.close()
-        process.kill()
-        process.join(STOP_LIMIT)
+
+    def __init__(self, ranks: Ranks, ahead: bool) -> None:
+        self.ranks, self.ahead = ranks, ahead
+        self._next: Started | None = None
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._next is not None:
+            self._next.end()
+
+    def run(self, job: Job, cell: int, limit: float, announce: Callable[[str], None]) -> list[Row]:
+        """A job's rows.
+
+        Args:
+            cell: its number, the same in every rank.
+            limit: seconds without progress after which it is given up.
+
+        Raises:
+            JobFailed: here or in another rank.
+        """
+        own = self._next or self._start()
+        self._next = self._start() if self.ahead else None
+        try:
+            return _watch(own, job, self.ranks, cell, limit, announce)
+        except JobFailed as failure:
+            own.process.kill()  # it may hold the device, and the others in a collective operation
+            if self.ranks.store is None:
+                raise
+            time.sleep(SETTLE)
+            raise JobFailed(*self.ranks.cause(cell)) from failure
+        finally:
+            own.end()
+
+    def _start(self) -> Started:
+        connection, theirs = SPAWN.Pipe()
+        process = SPAWN.Process(target=_work, args=(theirs, self.ranks.rank, self.ranks.size))
+        process.daemon = True
+        with interrupts_held():
+            process.start()
+        theirs.close()
+        return Started(process, connection)
 
 
 def _watch(
-    connection: Connection, process: SPAWN.Process, ranks: Ranks, cell: int, limit: float,
+    started: Started, job: Job, ranks: Ranks, cell: int, limit: float,
     announce: Callable[[str], None],
 ) -> list[Row]:  # fmt: skip
-    """Follows the process to its rows; a failure of its own is told to the other ranks."""
+    """Follows a job to its rows; a failure of its process is told to the other ranks."""
+    process, connection = started
+    since, doing = time.monotonic(), "starting"
     try:
-        since, doing = time.monotonic(), "starting"
+        connection.send((job, cell))
         while not ranks.failed(cell):
             if connection.poll(LOOK):
                 kind, *content = connection.recv()
@@ -158,13 +193,19 @@ def _watch(
     raise JobFailed("crash", "another rank failed")
 
 
-def _work(connection: Connection, job: Job, rank: int, size: int, cell: int) -> None:
-    """The process of one cell."""
+def _work(connection: Connection, rank: int, size: int) -> None:
+    """The process of one cell, which it is told once it has imported what it needs."""
+    import torch._inductor.compile_fx  # else the first call would
+
     set_up()
     # A layer that is compiled anew for every other would run uncompiled from the ninth on.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     # It would cut the model at buckets of gradients, and attention with it.
     torch._dynamo.config.optimize_ddp = False
+    try:
+        job, cell = connection.recv()
+    except EOFError:
+        return  # there is none
     try:
         if size > 1:
             _join(job, rank, size, cell)

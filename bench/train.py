@@ -18,7 +18,7 @@ from bench.backends import BACKENDS
 from bench.cells import Cell, Group, rows_of
 from bench.derived import BASELINE
 from bench.models import MODELS, Model, build, model_of_file, parameters, with_options
-from bench.ranks import JobFailed, Ranks, run_apart
+from bench.ranks import Apart, JobFailed, Ranks
 from bench.record import STEP, Environment, Row, Store, code_hash, environment
 from bench.request import FAST, check_resumed, check_run_name, destination, named_device
 from bench.specs import parameters_text, parse_method, source_file
@@ -40,8 +40,8 @@ class Train:
 
     On several GPUs: torchrun --nproc-per-node 2 -- run_bench.py train ...
 
-    A step is forward, backward and AdamW. `standard` is always measured, and the same model with
-    q + k + v in place of attention: no method gets above that.
+    A step is forward, backward and AdamW. The same model is always measured with q + k + v in
+    place of attention, too: no method gets above that.
     """
 
     model: str = "table2"
@@ -53,6 +53,8 @@ class Train:
     backends: tuple[str, ...] | None = None
     """Ways to run them; default flex, flash, varlen and fa4 (if installed), sdpa-flash and
     sdpa-cudnn on a GPU, blockwise and sdpa-flash on a CPU."""
+    baseline: bool = True
+    """Measure `standard` in any case, on every backend; without it, where the file has it."""
     seq_len: tuple[int, ...] = (1024,)
     """Tokens a sequence."""
     tokens: int | None = None
@@ -199,7 +201,8 @@ def _cells(request: Train, device: torch.device) -> list[Cell]:
             raise ValueError(f"--backends has {name!r}; it takes {', '.join(BACKENDS)}")
         if missing := BACKENDS[name].missing(device):
             raise ValueError(f"--backends has {name!r}, which this machine lacks: {missing}")
-    specs = {parse_method(spec): spec for spec in reversed((BASELINE, *request.methods))}
+    asked = (BASELINE, *request.methods) if request.baseline else request.methods
+    specs = {parse_method(spec): spec for spec in reversed(asked)}
     cells = []
     for method, spec in reversed(specs.items()):
         if why := trains(method):
@@ -232,17 +235,22 @@ def _introduce(job: Job, ranks: Ranks, console: Console) -> None:
 
 def _follow(jobs: Sequence[Job], request: Train, ranks: Ranks) -> int:
     """What a rank does that writes nothing; returns the exit status of the one that does."""
-    for number in ranks.agree("todo", None):
-        try:
-            run_apart(jobs[number], ranks, number, request.time_limit, lambda text: None)
-        except JobFailed as failure:
-            if failure.status in ("crash", "timeout"):
-                break
+    with _apart(jobs, ranks) as apart:
+        for number in ranks.agree("todo", None):
+            try:
+                apart.run(jobs[number], number, request.time_limit, lambda text: None)
+            except JobFailed as failure:
+                if failure.status in ("crash", "timeout"):
+                    break
     try:
         ranks.store.wait(["status"], LAST_WORD)
         return int(ranks.store.get("status"))
     except RuntimeError:
         return 1  # rank 0 is gone, or hangs
+
+
+def _apart(jobs: Sequence[Job], ranks: Ranks) -> Apart:
+    return Apart(ranks, ahead=jobs[0].group.device != "cpu")
 
 
 @dataclass(frozen=True)
@@ -263,13 +271,14 @@ class _Run:
         rows = list(self.store.rows)
         todo = [k for k, job in enumerate(self.jobs) if not self._complete(job, rows, env)]
         self._compile([self.jobs[number] for number in todo])
-        for number in self.ranks.agree("todo", todo):
-            measured, lost = self._one(number, env)
-            self.store.append(measured)
-            rows += measured
-            self._say(measured[-1])
-            if lost and self.ranks.size > 1:
-                break  # a rank is gone, and maybe its device
+        with _apart(self.jobs, self.ranks) as apart:
+            for number in self.ranks.agree("todo", todo):
+                measured, lost = self._one(number, apart, env)
+                self.store.append(measured)
+                rows += measured
+                self._say(measured[-1])
+                if lost and self.ranks.size > 1:
+                    break  # a rank is gone, and maybe its device
         return rows
 
     def _compile(self, jobs: Sequence[Job]) -> None:
@@ -284,15 +293,15 @@ class _Run:
                 lambda: status.update(f"compiling ahead: {next(done)} of {len(jobs)}"), most,
             )  # fmt: skip
 
-    def _one(self, number: int, env: Environment) -> tuple[list[Row], bool]:
+    def _one(self, number: int, apart: Apart, env: Environment) -> tuple[list[Row], bool]:
         """Rows of a cell, and whether a process of it died."""
         job, limit = self.jobs[number], self.request.time_limit
         p, cell = job.group.problem, job.cell
         title = f"N {p.seq_len}, {cell.method}, {cell.backend}"
         with self.console.status(title) as status:
             try:
-                return run_apart(
-                    job, self.ranks, number, limit, lambda text: status.update(f"{title}: {text}")
+                return apart.run(
+                    job, number, limit, lambda text: status.update(f"{title}: {text}")
                 ), False
             except JobFailed as failure:
                 rows = self._failed(job, env, failure.status, failure.reason)

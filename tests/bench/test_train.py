@@ -17,12 +17,12 @@ import torch.distributed as dist
 from rich.console import Console
 
 import run_bench
-from bench import ahead, steps, train
+from bench import ahead, ranks, steps, train
 from bench.backends import BACKENDS
 from bench.chip import Reading
 from bench.compare import sides
 from bench.models import MODELS, model_of_file
-from bench.ranks import JobFailed, Ranks, run_apart
+from bench.ranks import Apart, JobFailed, Ranks
 from bench.record import ROOT, Store, read_rows
 from bench.steps import World, run_job
 from bench.trainings import scaling, trainings
@@ -142,7 +142,7 @@ def test_a_rank_that_writes_nothing_ends_with_the_status_of_the_one_that_does(
     store.set("todo", "[0]")
     if said is not None:
         store.set("status", said)
-    monkeypatch.setattr(train, "run_apart", run_here)
+    monkeypatch.setattr(Apart, "run", run_here)
     monkeypatch.setattr(train, "LAST_WORD", timedelta(milliseconds=50))
     assert train._follow([job()], train.Train(), Ranks(1, 1, 2, store)) == status
 
@@ -160,7 +160,31 @@ def test_the_cause_is_the_failure_that_explains_the_others():
 
 def test_a_process_that_does_not_get_on_is_given_up():
     with pytest.raises(JobFailed, match="timeout: no progress within 0 s, in starting"):
-        run_apart(job(), Ranks(), 0, 0.05, lambda text: None)
+        Apart(Ranks(), ahead=False).run(job(), 0, 0.05, lambda text: None)
+
+
+def test_the_next_process_waits_while_one_is_at_work(monkeypatch):
+    used = []
+    monkeypatch.setattr(ranks, "_watch", lambda own, *_: used.append(own.process))
+    with Apart(Ranks(), ahead=True) as apart:
+        for number in range(2):
+            apart.run(job(), number, 60, lambda text: None)
+        waiting = apart._next.process
+        assert waiting.is_alive()
+        assert len({process.pid for process in (*used, waiting)}) == 3
+        assert not any(process.is_alive() for process in used)
+    assert not waiting.is_alive()
+
+
+def test_without_the_baseline_only_what_was_asked_for_trains():
+    asked = {"methods": ("spattention",), "backends": ("blockwise", "sdpa-flash"), "device": "cpu"}
+    for baseline, dense in ((True, ["blockwise", "sdpa-flash"]), (False, [])):
+        jobs = train.expand(train.Train(baseline=baseline, **asked), Ranks())
+        cells = [(x.cell.method, x.cell.backend) for x in jobs]
+        assert cells == [
+            *(("standard", name) for name in dense), ("spattention", "blockwise"),
+            ("identity", "identity"),
+        ]  # fmt: skip
 
 
 @pytest.fixture
@@ -168,11 +192,11 @@ def in_this_process(monkeypatch):
     """The command line without processes of its own; collects what it ran."""
     ran = []
 
-    def run_here(given, ranks, number, limit, announce):
+    def run_here(apart, given, number, limit, announce):
         ran.append(given.cell)
         return run_job(given, World(), announce)
 
-    monkeypatch.setattr(train, "run_apart", run_here)
+    monkeypatch.setattr(Apart, "run", run_here)
     monkeypatch.setattr(train, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
     return ran
 
@@ -270,7 +294,7 @@ def test_another_recipe_or_text_is_measured_again(tmp_path, in_this_process, cha
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
-    monkeypatch.setattr(train, "run_apart", lambda *args: pytest.fail("something was run"))
+    monkeypatch.setattr(Apart, "run", lambda *args: pytest.fail("something was run"))
     for flag in ("--model-config", "--text"):
         if flag in arguments:
             place = arguments.index(flag) + 1
