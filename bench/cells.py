@@ -89,6 +89,10 @@ class Prepared:
         return sum(x.nbytes for x in lists if isinstance(x, Tensor))
 
 
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def failure_rows(
     group: Group, env: Environment, cell: Cell, status: str, reason: str
 ) -> list[Row]:
@@ -99,16 +103,22 @@ def failure_rows(
 
 
 def rows_of(
-    group: Group, env: Environment, prepared: Prepared, ceilings: Ceilings | None
-) -> list[Row]:
-    """A row for every phase and clock."""
+    group: Group, env: Environment, prepared: Prepared, ceilings: Ceilings | None,
+    stamp: str | None = None,
+) -> list[Row]:  # fmt: skip
+    """A row for every phase and clock.
+
+    Args:
+        stamp: UTC time, the same for all cells whose samples were interleaved; by default now.
+    """
+    stamp = stamp or utc_now()
     _refuse_the_impossible(group.problem, prepared, ceilings)
     rows = []
     for phase in group.phases:
         for clock in group.clocks(phase):
             if clock == "device" and (phase, "kernels") in prepared.series:
                 clock = "kernels"
-            rows.append(_row(group, env, prepared, phase, clock, ceilings))
+            rows.append(_row(group, env, prepared, phase, clock, ceilings, stamp))
     return rows
 
 
@@ -128,7 +138,7 @@ def _refuse_the_impossible(p: Problem, prepared: Prepared, ceilings: Ceilings | 
 
 def _row(
     group: Group, env: Environment, prepared: Prepared, phase: str, clock: str,
-    ceilings: Ceilings | None,
+    ceilings: Ceilings | None, stamp: str,
 ) -> Row:  # fmt: skip
     user_file = source_file(prepared.cell.method)
     values = asdict(env) | ({"code": code_hash([user_file])} if user_file else {})
@@ -142,7 +152,7 @@ def _row(
     if series := prepared.series.get((phase, clock)):
         values |= figures(series, group.shared)
     return Row(
-        run=group.run, time_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        run=group.run, time_utc=stamp,
         method=prepared.method.name, params=parameters_text(prepared.method),
         backend=prepared.cell.backend, **asdict(group.problem),
         q_block=group.block_size[0], kv_block=group.block_size[1], phase=phase, clock=clock,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from bench import chip, oracle, timing
+from bench import chip, timing
 from bench.backends import (
     BACKENDS,
     BACKWARD_PHASES,
     Attention,
     first_calls,
-    forward,
     forward_backward,
     phase_call,
 )
 from bench.ceilings import Ceilings, cold_bytes, needed_rows
-from bench.cells import Cell, Group, Prepared, failure_rows, rows_of
+from bench.cells import Cell, Group, Prepared, failure_rows, rows_of, utc_now
 from bench.derived import FLOPS_PER_PAIR
 from bench.failures import (
     CELL_ERRORS,
@@ -35,20 +34,15 @@ from bench.failures import (
     raise_if_lost,
     status_of,
 )
+from bench.gate import Gate, draw
 from bench.record import Environment, Row
 from bench.sampling import sample_rounds
 from bench.specs import parse_method
-from bench.tied import tied
 from methods import Method
 from methods.blocks import computed_pairs
 from methods.method import static_parts
 
 ERRORS = ("error_out", "error_dq", "error_dk", "error_dv", "error_budget")
-# The gate looks at blocks of at most this many rows and keys, whatever a kernel visits.
-GATE_BLOCK = 128
-# It samples rows in at most this many blocks a head: its cost would go with the square of N, and
-# at a million tokens be minutes a method.
-GATE_ROW_BLOCKS = 1024
 # Between two runs of one kernel: additions in another order, rounded to 16 bits.
 GRAPH_TOLERANCE = 0.01
 
@@ -65,7 +59,11 @@ class Clockwork:
         try:
             yield
         finally:
-            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+            self.add({name: time.perf_counter() - start})
+
+    def add(self, spent: Mapping[str, float]) -> None:
+        for name, seconds in spent.items():
+            self.spent[name] = self.spent.get(name, 0.0) + seconds
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,25 @@ class Machine:
     read_chip: chip.Reader = lambda: None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What came of a group.
+
+    Attributes:
+        rows: of every cell that was measured or failed.
+        alone: cells that found no memory beside the others, and have no rows yet.
+        traced: whether CUPTI was at work, after which launches of this process take longer.
+    """
+
+    rows: dict[Cell, list[Row]]
+    alone: list[Cell]
+    traced: bool
+
+
 def measure_group(
     group: Group, machine: Machine, announce: Callable[[Cell], None], clockwork: Clockwork
-) -> dict[Cell, list[Row]]:
-    """Rows of every cell of a group.
+) -> Measured:
+    """Measures every cell of a group that fits beside the others.
 
     Args:
         announce: told of the cell that is about to run, so that a crash has a name.
@@ -105,27 +118,22 @@ def measure_group(
             else:
                 rows[cell] = failure_rows(group, machine.env, cell, "oom", one_line(error))
             _empty(device)
-    bench.reference = None
-    alone += _sample(bench, ready, machine, announce)
-    # No variable of this function may hold a cell from here on: what runs alone needs its memory.
-    rows |= {x.cell: rows_of(group, machine.env, x, machine.ceilings) for x in ready}
-    by_cupti = any("kernels" in key for x in ready for key in x.samplers)
-    del bench, ready
+    bench.gate.release()
+    traced = any("kernels" in key for x in ready for key in x.samplers)
+    for cupti in (False, True):  # once it was at work, every launch takes longer
+        alone += _sample(bench, ready, cupti, machine, announce)
+    stamp = utc_now()
+    rows |= {x.cell: rows_of(group, machine.env, x, machine.ceilings, stamp) for x in ready}
+    del bench, ready  # whatever comes next needs the memory
     static_parts.cache_clear()
     _empty(device)
-    for cell in alone:
-        single = replace(group, cells=(cell,), shared=False)
-        if by_cupti:
-            reason = "too large beside the others, and CUPTI was at work: measure it by itself"
-            rows[cell] = failure_rows(group, machine.env, cell, "oom", reason)
-        else:
-            rows |= measure_group(single, machine, announce, clockwork)
-    return rows
+    return Measured(rows, alone, traced)
 
 
 def _sample(
-    bench: Bench, ready: list[Prepared], machine: Machine, announce: Callable[[Cell], None]
-) -> list[Cell]:
+    bench: Bench, ready: list[Prepared], cupti: bool, machine: Machine,
+    announce: Callable[[Cell], None],
+) -> list[Cell]:  # fmt: skip
     """Samples what is ready; takes out, and returns, what finds no memory for it any more."""
     short: list[Cell] = []
     running: list[Cell] = []
@@ -137,7 +145,7 @@ def _sample(
     while ready:
         running.clear()
         try:
-            bench.sample(ready, machine.read_chip, tell)
+            bench.sample(ready, cupti, machine.read_chip, tell)
             break
         except CELL_ERRORS as error:
             if not out_of_memory(error) or not running or len(ready) == 1:
@@ -149,7 +157,7 @@ def _sample(
 
 
 class Bench:
-    """Inputs, references and gate of one group."""
+    """Inputs and gate of one group."""
 
     def __init__(self, group: Group, device: torch.device, clockwork: Clockwork) -> None:
         self.group, self.device, self.clockwork = group, device, clockwork
@@ -160,26 +168,8 @@ class Bench:
             size = heads * self.p.batch * self.p.seq_len * self.p.head_dim
             self.sets = timing.input_sets(size * self.p.torch_dtype.itemsize, device)
         generator = torch.Generator(device).manual_seed(group.seed)
-        self.inputs = [self._draw(generator) for _ in range(self.sets)]
-        self.gate_blocks = tuple(min(size, GATE_BLOCK) for size in group.block_size)
-        apart = max(self.gate_blocks[0], self.p.seq_len // GATE_ROW_BLOCKS)
-        self.rows = oracle.sample_rows(self.p, apart, device, group.seed)
-        self.cotangent = oracle.cotangent(self.p, self.rows, device, group.seed)
-        # Cells come method by method, and a reference holds float64 gradients: one is kept.
-        self.reference: tuple[Method, oracle.Reference] | None = None
-
-    def _draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """q, k, v as leaves, and a dense gradient of the output."""
-        p = self.p
-        heads = (p.q_heads, p.kv_heads, p.kv_heads, p.q_heads)
-        drawn = [
-            torch.randn(
-                (p.batch, h, p.seq_len, p.head_dim), generator=generator, device=self.device,
-                dtype=torch.float64 if p.dtype == "float64" else torch.float32,
-            ).to(p.torch_dtype)
-            for h in heads
-        ]  # fmt: skip
-        return (*(x.requires_grad_() for x in drawn[:3]), drawn[3])
+        self.inputs = [draw(self.p, device, generator) for _ in range(self.sets)]
+        self.gate = Gate(self.p, group.block_size, generator, group.seed)
 
     def _inputs(self, method: Method) -> list[tuple[Tensor, ...]]:
         """Sets of q, k, v and gradient; k is q where a method shares them."""
@@ -231,7 +221,7 @@ class Bench:
             heads = layout.q.shape[1]  # a kernel may see the rounds of a head as heads
             as_seen = replace(self.p, q_heads=heads, kv_heads=heads)
             prepared.facts["computed_pairs"] = computed_pairs(layout.block_mask, as_seen)
-        if self.p.causal and self._sees_future(method, state):
+        if self.p.causal and self.gate.sees_future(method, state):
             reason = "the mask allows keys after the query, but the problem is causal"
             prepared.refused |= {x: ("mismatch", reason) for x in wanted}
             return attention
@@ -239,7 +229,7 @@ class Bench:
         with self.clockwork.on("compile"):
             first_calls(attention, inputs[0], wanted)
         with self.clockwork.on("gate"):
-            verdict = self._gate(prepared, attention, wanted)
+            verdict = self.gate.verdict(method, attention, wanted, backend.ties)
         prepared.facts |= {name: getattr(verdict, name) for name in ERRORS}
         if not verdict.passed:
             prepared.refused |= {x: ("mismatch", verdict.reason) for x in wanted}
@@ -254,12 +244,6 @@ class Bench:
                 prepared.layout_bytes = self._peak_bytes(build)
         return attention
 
-    def _sees_future(self, method: Method, state: Any) -> bool:
-        """Whether a later key is allowed, in a few rows of every head."""
-        some = self.rows[:, :: max(1, self.rows.shape[1] // 8)]
-        later = torch.arange(self.p.seq_len, device=self.device) > some[..., None]
-        return bool((method.rows(self.p, self.device, some, state).isfinite() & later).any())
-
     def _blocks(self, method: Method, state: Any) -> BlockMask:
         return method.blocks(self.p, self.device, self.group.block_size, state)
 
@@ -269,37 +253,6 @@ class Bench:
         state = method.prepare(q, k, self.p)
         layout = method.layout(q, k, v, self.p, state, self.group.block_size)
         return layout.q, layout.k, layout.v
-
-    def _gate(
-        self, prepared: Prepared, attention: Attention, wanted: Sequence[str]
-    ) -> oracle.Verdict:
-        """Judges every function that will be timed: without gradients is another kernel."""
-        method, state = prepared.method, prepared.state
-        q, k, v, _ = self._inputs(method)[0]
-        one = k is q and BACKENDS[prepared.cell.backend].ties
-        if k is q and not one:  # leaves of their own, so that their gradients are judged apart
-            k = q.detach().requires_grad_()
-        if self.reference is None or self.reference[0] != method:
-            self.reference = method, oracle.build_reference(
-                method, self.p, q.detach(), k.detach(), v.detach(), self.rows, self.cotangent,
-                state=state, block_size=self.gate_blocks,
-            )  # fmt: skip
-        reference = tied(self.reference[1]) if one else self.reference[1]
-        verdicts = []
-        gradients = any(phase in BACKWARD_PHASES for phase in wanted)
-        if "fwd" in wanted or not gradients:
-            _poison(self.device, 4 * q.numel() * q.element_size())
-            out, lse = forward(attention, q.detach(), k.detach(), v.detach())
-            verdicts.append(oracle.judge(reference, out, lse, None))
-        if gradients:
-            _poison(self.device, 4 * q.numel() * q.element_size())
-            out, lse = attention(q, k, v)
-            dq, dk, dv = torch.autograd.grad(out, (q, k, v), self.cotangent)
-            grads = (None if one else dq, dk, dv)
-            verdicts.append(oracle.judge(reference, out.detach(), lse, grads))
-        worst = max(verdict.error_budget for verdict in verdicts)
-        judged = next((x for x in verdicts if not x.passed), verdicts[-1])
-        return replace(judged, error_budget=worst)
 
     def _peak_bytes(self, call: timing.Call) -> int:
         """Device memory at the peak of a call, less what was taken before it."""
@@ -350,25 +303,25 @@ class Bench:
         )  # fmt: skip
 
     def sample(
-        self, ready: Sequence[Prepared], read_chip: chip.Reader, announce: Callable[[Cell], None]
-    ) -> None:
-        """Samples every cell, phase and clock in rounds.
-
-        What needs CUPTI comes last: once it was at work, every launch takes longer.
-        """
-        jobs = {(x, *key): sampler for x in range(len(ready))
-                for key, sampler in ready[x].samplers.items()}  # fmt: skip
-        for cupti in (False, True):
-            chosen = {key: x for key, x in jobs.items() if (key[2] == "kernels") == cupti}
-            with self.clockwork.on("sample"):
-                series = sample_rounds(
-                    chosen, rounds=self.group.rounds, seconds=self.group.seconds,
-                    seed=self.group.seed, read_chip=read_chip,
-                    announce=lambda key: announce(ready[key[0]].cell),
-                )  # fmt: skip
-            for (index, *key), taken in series.items():
-                ready[index].series[tuple(key)] = taken
-        if self.device.type == "cuda":
+        self, ready: Sequence[Prepared], cupti: bool, read_chip: chip.Reader,
+        announce: Callable[[Cell], None],
+    ) -> None:  # fmt: skip
+        """Samples in rounds what needs CUPTI, or every cell, phase and clock that does not."""
+        chosen = {
+            (number, *key): sampler
+            for number, prepared in enumerate(ready)
+            for key, sampler in prepared.samplers.items()
+            if (key[1] == "kernels") == cupti
+        }
+        with self.clockwork.on("sample"):
+            series = sample_rounds(
+                chosen, rounds=self.group.rounds, seconds=self.group.seconds,
+                seed=self.group.seed, read_chip=read_chip,
+                announce=lambda key: announce(ready[key[0]].cell),
+            )  # fmt: skip
+        for (number, *key), taken in series.items():
+            ready[number].series[tuple(key)] = taken
+        if self.device.type == "cuda" and not cupti:
             for prepared in ready:
                 announce(prepared.cell)
                 with self.clockwork.on("gate"):
@@ -383,12 +336,6 @@ def _check_graphs(prepared: Prepared) -> None:
             prepared.refused[phase] = ("mismatch", reason)
             for key in [key for key in prepared.series if key[0] == phase]:
                 del prepared.series[key]
-
-
-def _poison(device: torch.device, size: int) -> None:
-    """Leaves NaN in memory that the allocator will hand out again: unwritten outputs show."""
-    held = [torch.full((size // 4,), torch.nan, device=device) for _ in range(4)]
-    del held
 
 
 def _empty(device: torch.device) -> None:

@@ -55,9 +55,9 @@ class Sweep:
     device: str | None = None
     """cpu or cuda:0; by default a GPU where there is one."""
     rounds: int = 30
-    """Interleaved rounds of samples; more, until every median of a problem is known to 1 %."""
+    """Interleaved rounds of samples, however long they last: 8 at least make 99 % intervals."""
     seconds: float = 10.0
-    """Sampling of a problem ends after this time all the same, though not before eight rounds."""
+    """Further rounds of a problem end after this time, or once every median is known to 1 %."""
     time_limit: float = 300.0
     """Seconds without progress after which a cell is given up."""
     seed: int = 0

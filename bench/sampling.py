@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from bench import chip, stats, timing
 
-LEAST_ROUNDS = stats.FEW  # are taken however long they last: fewer make no 99 % interval
 PRECISION = 0.01  # width of a median's 99 % interval that is narrow enough, over the median
 # Looked at every round, an interval would be caught while it is narrow by chance: at rounds that
 # grow by this factor it holds the truth 97 times of 100 in simulation, as it does unstopped.
@@ -63,16 +62,15 @@ def sample_rounds(
 ) -> dict[Hashable, Series]:
     """Takes every sample once a round, in a new order each, until all is known well enough.
 
-    It stops when every median is known to PRECISION, but not before so many rounds; or when the
-    time is up, but not before LEAST_ROUNDS (fewer only where fewer rounds are asked for).
-
     Args:
+        rounds: are taken however long they last.
+        seconds: further ones end here, or before it once every median is known to PRECISION.
         announce: told of each key before its sample is taken.
     """
     series = {key: Series() for key in samplers}
     order, keys = random.Random(seed), list(samplers)
     start, number, look = time.perf_counter(), 0, rounds
-    while (keys and number < min(LEAST_ROUNDS, rounds)) or time.perf_counter() - start < seconds:
+    while keys and (number < rounds or time.perf_counter() - start < seconds):
         if number == look:
             if all(x.settled for x in series.values()):
                 break

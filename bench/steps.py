@@ -170,7 +170,7 @@ def _call_rows(job: Job, machine: Machine, announce: Callable[[str], None]) -> l
         cupti=False,
     )  # fmt: skip
     measured = measure_group(group, machine, lambda _: announce("the gate"), Clockwork())
-    return measured[job.cell]
+    return measured.rows[job.cell]
 
 
 def compile_bytes(job: Job) -> int:

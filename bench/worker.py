@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -25,7 +26,7 @@ from bench import chip, timing
 from bench.ceilings import measure_ceilings
 from bench.cells import Cell, Group, failure_rows
 from bench.failures import CELL_ERRORS, one_line, out_of_memory
-from bench.measure import Clockwork, Machine, measure_group
+from bench.measure import Clockwork, Machine, Measured, measure_group
 from bench.record import Environment, Row, environment
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -76,8 +77,11 @@ class Worker:
         while len(failed) < len(group.cells):
             cells = tuple(cell for cell in group.cells if cell not in failed)
             try:
-                rows = failed | self._measure_once(replace(group, cells=cells), clockwork)
-                self._spent = any(x.clock == "kernels" for found in rows.values() for x in found)
+                found = self._measure_once(replace(group, cells=cells), clockwork)
+                self._spent, rows = found.traced, failed | found.rows
+                for cell in found.alone:
+                    single = replace(group, cells=(cell,), shared=False)
+                    rows |= self.measure(single, clockwork)
                 return rows
             except CellFailed as death:
                 self._process.kill()
@@ -115,30 +119,31 @@ class Worker:
                 self._process.start()
             theirs.close()
             try:
-                return self._receive(None, START_LIMIT)[1]
+                return self._receive(None, START_LIMIT)[-1]
             except CellFailed as death:
                 reason = death.reason
                 self._process.kill()
                 self.stop()
         raise ChildProcessError(f"no process comes up that measures on {self.device}: {reason}")
 
-    def _measure_once(self, group: Group, clockwork: Clockwork) -> dict[Cell, list[Row]]:
+    def _measure_once(self, group: Group, clockwork: Clockwork) -> Measured:
         running: Cell | None = None
+        spent: dict[str, float] = {}
         try:
             self._connection.send(group)
         except OSError:
             raise self._died(running) from None
-        while True:
-            kind, *content = self._receive(running, self.time_limit)
-            if kind == "running":
-                running = content[0]
-            elif kind == "failed":
-                raise CellFailed(running, *content)
-            else:
-                rows, spent = content
-                for name, seconds in spent.items():
-                    clockwork.spent[name] = clockwork.spent.get(name, 0.0) + seconds
-                return rows
+        try:
+            while True:
+                kind, spent, *content = self._receive(running, self.time_limit)
+                if kind == "running":
+                    running = content[0]
+                elif kind == "failed":
+                    raise CellFailed(running, *content)
+                else:
+                    return content[0]
+        finally:  # also of a problem that is not measured to its end
+            clockwork.add(spent)
 
     def _receive(self, running: Cell | None, limit: float) -> tuple:
         try:
@@ -225,21 +230,23 @@ def _serve(connection: Connection, device: str, ceilings: bool) -> None:
     machine = Machine(environment(on), highest, chip.reader(on))
     # What was imported stays: a garbage collection need not look at it, least of all in a sample.
     gc.freeze()
-    connection.send(("ready", machine.env))
+    connection.send(("ready", {}, machine.env))
     while True:
         try:
             group = connection.recv()
         except (EOFError, ConnectionResetError):
             return  # the parent is gone
         clockwork = Clockwork()
+        tell = partial(_tell, connection, clockwork)
         try:
-            rows = measure_group(
-                group, machine, lambda cell: connection.send(("running", cell)), clockwork
-            )
+            found = measure_group(group, machine, partial(tell, "running"), clockwork)
         except (BrokenPipeError, ConnectionResetError):
             return  # the parent was interrupted
         except CELL_ERRORS as error:
-            status = "oom" if out_of_memory(error) else "crash"
-            connection.send(("failed", status, one_line(error)))
+            tell("failed", "oom" if out_of_memory(error) else "crash", one_line(error))
             return
-        connection.send(("done", rows, clockwork.spent))
+        tell("done", found)
+
+
+def _tell(connection: Connection, clockwork: Clockwork, kind: str, *content: object) -> None:
+    connection.send((kind, clockwork.spent, *content))

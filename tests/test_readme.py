@@ -53,7 +53,7 @@ def test_the_method_of_the_example_is_measured(tmp_path):
         phases=("fwd",), device="cpu", seed=0, rounds=1, seconds=0.0, run="test",
     )  # fmt: skip
     env = replace(environment(torch.device("cpu")), code="0")
-    rows = measure_group(group, Machine(env), lambda cell: None, Clockwork())
+    rows = measure_group(group, Machine(env), lambda cell: None, Clockwork()).rows
     pairs = sum(i - j < 48 or j % 64 == 0 for i in range(256) for j in range(i + 1))
     for cell in group.cells:
         assert rows[cell][0].status == "ok", rows[cell][0].reason

@@ -14,6 +14,7 @@ from bench import measure, timing
 from bench.backends import BACKENDS
 from bench.cells import SLOWED, Cell, Group, Prepared, rows_of
 from bench.failures import one_line, status_of
+from bench.gate import Gate
 from bench.measure import Clockwork, Machine, measure_group
 from bench.record import environment
 from bench.sampling import Series
@@ -33,7 +34,11 @@ ENVIRONMENT = environment(torch.device("cpu"))
 
 
 def run(group=GROUP, announce=lambda cell: None):
-    return measure_group(group, Machine(ENVIRONMENT), announce, Clockwork())
+    """As the process that owns a device does it: what has to run alone comes after the others."""
+    found = measure_group(group, Machine(ENVIRONMENT), announce, Clockwork())
+    for cell in found.alone:
+        found.rows.update(run(replace(group, cells=(cell,), shared=False), announce))
+    return found.rows
 
 
 def test_every_cell_and_phase_has_a_gated_row():
@@ -83,9 +88,35 @@ def test_what_needs_cupti_is_sampled_when_all_else_is_done():
         for clock in ("kernels", "host"):
             prepared.samplers["fwd", clock] = lambda clock=clock: order.append(clock) or 1.0
     bench = SimpleNamespace(group=GROUP, clockwork=Clockwork(), device=torch.device("cpu"))
-    measure.Bench.sample(bench, ready, lambda: None, lambda cell: None)
-    assert order == ["host"] * 6 + ["kernels"] * 6
+    for cupti in (False, True):
+        measure.Bench.sample(bench, ready, cupti, lambda: None, lambda cell: None)
+        order.append("then")
+    assert order == ["host"] * 6 + ["then"] + ["kernels"] * 6 + ["then"]
     assert all(len(x.series["fwd", "kernels"].samples) == 3 for x in ready)
+
+
+def test_what_was_sampled_without_cupti_stays_where_memory_ends_with_it():
+    """Afterwards every launch takes longer; what found no memory has another process."""
+    order = []
+
+    def fails():
+        order.append("kernels")
+        raise MemoryError("the others hold it")
+
+    ready = [Prepared(cell, METHODS["standard"]) for cell in GROUP.cells[:2]]
+    for prepared, traced in zip(
+        ready, (lambda: order.append("kernels") or 1.0, fails), strict=True
+    ):
+        prepared.samplers["fwd", "host"] = lambda: order.append("host") or 1.0
+        prepared.samplers["fwd", "kernels"] = traced
+    bench = SimpleNamespace(group=GROUP, clockwork=Clockwork(), device=torch.device("cpu"))
+    bench.sample = partial(measure.Bench.sample, bench)
+    machine = Machine(ENVIRONMENT)
+    for cupti in (False, True):
+        short = measure._sample(bench, ready, cupti, machine, lambda cell: None)
+    assert short == [GROUP.cells[1]] and [x.cell for x in ready] == [GROUP.cells[0]]
+    assert order[:6] == ["host"] * 6 and set(order[6:]) == {"kernels"}
+    assert len(ready[0].series["fwd", "host"].samples) == 3
 
 
 @pytest.mark.parametrize(("span", "slowed"), [(4.0, False), (5.0, False), (6.0, True)])
@@ -198,6 +229,53 @@ def test_the_kernel_without_gradients_is_gated_too(monkeypatch):
     for row in run()[GROUP.cells[0]]:
         assert (row.status, row.samples) == ("mismatch", [])
         assert row.error_budget > 1
+
+
+def test_what_is_kept_of_earlier_inputs_is_wrong(monkeypatch):
+    """Buckets of the first call, say: a gate that gave the same inputs again would not see it."""
+    backend = BACKENDS["blockwise"]
+
+    def build(*cell):
+        attention, kept = backend.build(*cell), []
+
+        def run(q, k, v):
+            kept.append(k.detach())
+            return attention(q, k + (kept[0] - k.detach()), v)
+
+        return run
+
+    monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=build))
+    for row in run(replace(GROUP, phases=("fwd", "fwd_bwd")))[GROUP.cells[0]]:
+        assert (row.status, row.samples) == ("mismatch", [])
+
+
+def test_a_call_that_changes_its_inputs_gets_no_number(monkeypatch):
+    backend = BACKENDS["blockwise"]
+
+    def build(*cell):
+        attention = backend.build(*cell)
+
+        def run(q, k, v):
+            answer = attention(q, k, v)
+            with torch.no_grad():
+                k.mul_(1.01)
+            return answer
+
+        return run
+
+    monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=build))
+    found = run(replace(GROUP, phases=("fwd",)))
+    for row in found[GROUP.cells[0]]:
+        assert (row.status, row.reason) == ("mismatch", "the call changes what it is given")
+    assert {row.status for row in found[Cell("standard", "sdpa-flash")]} == {"ok"}
+
+
+@pytest.mark.parametrize("n", [200, 131_072, 1 << 20])
+def test_every_block_of_rows_has_one_that_the_gate_looks_at(n):
+    p = Problem(seq_len=n, q_heads=2, head_dim=16, dtype="float32")
+    rows = Gate(p, (128, 128), torch.Generator(), 0).rows
+    for head in rows:
+        assert (head // 128).unique().equal(torch.arange(-(-n // 128)))
 
 
 def test_blocks_larger_than_the_gates_hide_no_fault(monkeypatch):

@@ -39,7 +39,7 @@ def measure(spec: str, backend: str, p: Problem = P, phases=("fwd", "fwd_bwd")):
         problem=p, block_size=(64, 32), cells=(cell,), phases=phases, device="cpu", seed=0,
         rounds=1, seconds=0.0, run="test",
     )  # fmt: skip
-    return measure_group(group, Machine(ENVIRONMENT), lambda cell: None, Clockwork())[cell]
+    return measure_group(group, Machine(ENVIRONMENT), lambda cell: None, Clockwork()).rows[cell]
 
 
 def assert_passes(spec: str, backend: str, p: Problem = P) -> None:

@@ -192,7 +192,7 @@ def test_cells_are_gated_counted_and_timed(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setitem(BACKENDS, "blockwise", replace(backend, build=build))
     env = environment(torch.device("cpu"))
-    found = measure_group(GROUP, Machine(env), lambda cell: None, Clockwork())
+    found = measure_group(GROUP, Machine(env), lambda cell: None, Clockwork()).rows
     rows = {row.phase: row for row in found[GROUP.cells[0]]}
     assert {row.status for row in rows.values()} == {"ok"}
     assert 0 < rows["prepare"].median_us < rows["fwd"].median_us
@@ -239,10 +239,10 @@ def test_a_wrong_hash_or_order_gets_no_number(how: str, monkeypatch: pytest.Monk
         rounds=1, seconds=0.0, run="test",
     )  # fmt: skip
     machine = Machine(environment(torch.device("cpu")))
-    (right,) = measure_group(group, machine, lambda cell: None, Clockwork())[cell]
+    (right,) = measure_group(group, machine, lambda cell: None, Clockwork()).rows[cell]
     assert right.status == "ok"
     monkeypatch.setattr(Reformer, "prepare", lambda *given: WRONG_STATES[how](prepare(*given)))
-    (wrong,) = measure_group(group, machine, lambda cell: None, Clockwork())[cell]
+    (wrong,) = measure_group(group, machine, lambda cell: None, Clockwork()).rows[cell]
     assert (wrong.status, wrong.median_us) == ("mismatch", None)
     assert any(x in wrong.reason for x in ("other buckets", "the order of", "the inverse of"))
 

@@ -1,6 +1,7 @@
 """When a step is not measured, and what sets two runs of a model apart."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_the_call_of_a_model_is_never_timed_by_cupti(monkeypatch):
 
     def measure_group(group, *rest):
         asked.append(group)
-        return {group.cells[0]: []}
+        return SimpleNamespace(rows={group.cells[0]: []})
 
     monkeypatch.setattr(steps, "measure_group", measure_group)
     steps._call_rows(job("spattention"), None, lambda text: None)

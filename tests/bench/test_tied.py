@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bench.gate import tied
 from bench.oracle import build_reference, cotangent, judge, sample_rows
-from bench.tied import tied
 from methods import Problem
 from methods.reformer import Reformer
 

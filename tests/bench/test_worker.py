@@ -16,7 +16,7 @@ import torch
 import bench.worker as worker_module
 from bench.ahead import compile_ahead, compile_jobs, side_by_side
 from bench.cells import Cell, Group
-from bench.measure import Clockwork
+from bench.measure import Clockwork, Measured
 from bench.record import ROOT, environment
 from bench.worker import CellFailed, Worker, set_up_sweep
 from methods import Problem
@@ -187,17 +187,44 @@ def test_compiling_ahead_survives_a_death(group):
 
 
 def test_a_process_that_used_cupti_measures_nothing_more(monkeypatch, group):
-    clocks = iter(["host", "kernels", "host", "host"])
+    traced = iter([False, True, False, False])
     cell = group.cells[1]
     with Worker("cpu", time_limit=60.0) as worker:
         monkeypatch.setattr(
-            Worker, "_measure_once", lambda *job: {cell: [make_row(clock=next(clocks))]}
-        )
+            Worker, "_measure_once",
+            lambda *job: Measured({cell: [make_row()]}, [], next(traced)),
+        )  # fmt: skip
         processes = []
         for _ in range(4):
             worker.measure(replace(group, cells=(cell,)), Clockwork())
             processes.append(worker._process.pid)
     assert processes[0] == processes[1] != processes[2] == processes[3]
+
+
+def test_what_found_no_memory_beside_others_has_a_process_that_cupti_left_alone(
+    monkeypatch, group
+):
+    asked = []
+
+    def once(worker, given, clockwork):
+        asked.append((given.cells, given.shared, worker._process.pid))
+        rows = {given.cells[0]: [make_row()]}
+        return Measured(rows, list(given.cells[1:]), traced=given.shared)
+
+    with Worker("cpu", time_limit=60.0) as worker:
+        monkeypatch.setattr(Worker, "_measure_once", once)
+        given = replace(group, cells=group.cells[:2])
+        assert set(worker.measure(given, Clockwork())) == set(given.cells)
+    (first, second) = asked
+    assert first[:2] == (given.cells, True) and second[:2] == (given.cells[1:], False)
+    assert first[2] != second[2]
+
+
+def test_a_problem_that_is_not_measured_to_its_end_has_its_time_counted(group):
+    clockwork = Clockwork()
+    with Worker("cpu", time_limit=2.0) as worker, pytest.raises(CellFailed, match="timeout"):
+        worker._measure_once(replace(group, cells=group.cells[1:3]), clockwork)
+    assert clockwork.spent["gate"] > 0
 
 
 def test_threads_start_workers_side_by_side():

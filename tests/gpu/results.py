@@ -35,10 +35,17 @@ WHOLE = f"{CELLS} --seq-len {LENGTHS} --heads 8 16 32 --head-dim 64 128"
 REFERENCES = (
     f"{SWEEP} --methods {PEERS} --causal False --seq-len 4096 16384 --phases fwd_bwd --seconds 3"
 )
-TABLE_2 = f"{TRAIN} --tokens 32768 --steps 50 --warmup 20 --seq-len 1024 8192 32768"
-OLMOE = "--steps 20 --warmup 10 --methods spattention spattention_released"
+TABLE_2 = "--tokens 32768 --steps 40 --warmup 15 --seq-len 1024 8192 32768"
+OLMOE = "--steps 20 --warmup 10"
 SMALL = f"--model olmoe-0.25b-1.75b --tokens 16384 --seq-len 1024 {OLMOE}"
-LARGE = f"{TRAIN} --model olmoe-1b-7b --checkpointing {OLMOE} --backends flex sdpa-cudnn"
+LARGE = f"--model olmoe-1b-7b --checkpointing {OLMOE}"
+DENSE_STEP = "--methods standard --backends sdpa-cudnn"
+SPARSE_STEPS = "--no-baseline --methods spattention spattention_released --backends flex"
+# The paper's masks and the stand-ins of its released code, as that calls them and compiled.
+RELEASED = (
+    "--tokens 4096 --methods spattention spattention_released mehc_longformer mehc_bigbird "
+    "mehc_reformer"
+)
 TEXT = "docstrings.txt"  # of `make docstrings.txt`
 
 # Kernels of flash-attn-4 are in reach of all of them where it is installed, but for `default` and
@@ -92,40 +99,41 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "profile_references": (
         f"{PROFILE} --methods longformer bigbird reformer:mode='transformers' --seq-len 16384 "
-        "--dtype float32 --causal False --block-size 32",
+        "--dtype float32 --causal False --block-size 32 --backends flex hf",
     ),
     "block_lists": (
         f"{SWEEP} --methods spattention tests/gpu/gridless.py:METHOD --seq-len 32768 "
         "--backends flex --phases layout",
         f"{SWEEP} --no-baseline --methods spattention --seq-len 1048576 --head-dim 64 "
-        "--backends flex --phases layout fwd_bwd",
+        "--backends flex --phases layout fwd_bwd --seconds 2",
     ),
     "paper_speeds": ("run_bench.py paper",),
     "matrix": ("-m tests.gpu.matrix --resume",),
     "faults": ("-m tests.faults --device cuda --seq-len 8192 32768",),
-    "kills": ("-m tests.kills --device cuda --kinds device_assert oom_fwd oom_bwd hang",),
+    "kills": ("-m tests.kills --device cuda --small --kinds device_assert oom_fwd oom_bwd hang",),
     "clocks": ("-m tests.gpu.clocks",),
     "detection": ("-m tests.detection --device cuda",),
     "attend_cost": ("-m tests.gpu.attend_cost",),
     "train_table2": (
-        f"{TABLE_2} --backends flex",
-        f"{TABLE_2} --methods standard --backends fa4 sdpa-cudnn",
-        f"{TABLE_2} --methods spattention gapped_bands --backends varlen",
-        f"{TABLE_2} --methods spattention_released longformer --backends flash",
-        f"{TABLE_2} --methods sliding_window local_only --backends fa4",
-        f"{TABLE_2.replace(TRAIN, PAIR)} --methods spattention --backends flex varlen fa4",
+        f"{TRAIN} {TABLE_2} --backends flex",
+        f"{TRAIN} {TABLE_2} --methods standard --backends fa4 sdpa-cudnn",
+        f"{TRAIN} {TABLE_2} --no-baseline --methods spattention gapped_bands --backends varlen",
+        f"{TRAIN} {TABLE_2} --no-baseline --methods spattention_released longformer "
+        "--backends flash",
+        f"{TRAIN} {TABLE_2} --no-baseline --methods sliding_window local_only --backends fa4",
+        f"{PAIR} {TABLE_2} --methods spattention --backends varlen fa4",
     ),
-    "train_olmoe_small": (
-        f"{TRAIN} {SMALL} --backends flex sdpa-cudnn",
-        f"{PAIR} {SMALL} --backends flex sdpa-cudnn",
+    "train_olmoe_small": tuple(
+        f"{how} {SMALL} {cells}" for how in (TRAIN, PAIR) for cells in (DENSE_STEP, SPARSE_STEPS)
     ),
-    "train_olmoe_large": (
-        f"{LARGE} --seq-len 4096 --tokens 8192",
-        f"{LARGE} --seq-len 16384 --tokens 16384",
+    "train_olmoe_large": tuple(
+        f"{TRAIN} {LARGE} --seq-len {n} --tokens {tokens} {cells}"
+        for n, tokens in ((4096, 8192), (16384, 16384))
+        for cells in (DENSE_STEP, SPARSE_STEPS)
     ),
     "train_paper": (
-        f"{TRAIN} --tokens 4096 --no-compiled --backends flex eager",
-        f"{TRAIN} --tokens 4096 --backends flex",
+        f"{TRAIN} {RELEASED} --no-compiled --backends flex eager",
+        f"{TRAIN} {RELEASED} --backends flex",
     ),
     "train_text": (f"{TRAIN} --text {TEXT} --steps 300 --tokens 8192 --backends flex",),
 }
