@@ -102,10 +102,13 @@ def side_by_side(
     pool = ProcessPoolExecutor(count, mp_context=SPAWN, initializer=set_up)
     futures: dict[Future, tuple] = {}
     try:
-        with interrupts_held(), suppress(BrokenProcessPool):  # one may die before all is said
-            for job in jobs:
-                futures[pool.submit(function, *job)] = job
-        for future in _as_finished(futures, START_LIMIT + time_limit):
+        with interrupts_held():
+            up = pool.submit(int)
+            with suppress(BrokenProcessPool):  # one may die before all is said
+                for job in jobs:
+                    futures[pool.submit(function, *job)] = job
+        wait([up], timeout=START_LIMIT)  # a process may need longer to come up than to do a job
+        for future in _as_finished(futures, time_limit):
             if future.exception() is None:
                 found.append((futures[future], future.result()))
             on_done()
@@ -182,8 +185,12 @@ def _wanted(group: Group, cell: Cell) -> list[str]:
     ]
 
 
-def first_call(group: Group, cell: Cell) -> Known:
-    """Compiles a cell's kernels into the on-disk caches of this machine."""
+def first_call(group: Group, cell: Cell, named: bool = True) -> Known:
+    """Compiles a cell's kernels into the on-disk caches of this machine.
+
+    Args:
+        named: whether CUPTI is asked which ones run.
+    """
     p, device, phases = group.problem, torch.device(group.device), _wanted(group, cell)
     if not phases:
         return Known(None, {})
@@ -203,7 +210,7 @@ def first_call(group: Group, cell: Cell) -> Known:
     seconds = time.perf_counter() - start
     seconds_if_cold = seconds if counters["inductor"]["fxgraph_cache_miss"] else None
     ran: Seen = {}
-    if not backend.few_kernels or device.type != "cuda":
+    if not (named and backend.few_kernels and device.type == "cuda"):
         return Known(seconds_if_cold, ran)
     with suppress(*CELL_ERRORS):  # names are missed, seconds are not
         for phase in phases:

@@ -17,11 +17,14 @@ from rich.text import Text
 
 from bench import derived
 from bench.derived import Board, Cell
-from bench.record import Environment, Row, read_rows
+from bench.record import STEP, Environment, Row, read_rows
 from bench.report import METHOD_WIDTH, NOTHING, PHASE_NAMES, problem_title, quantity
 from bench.stats import FEW, Ratio
 
 LIMIT = 1.01  # a factor nearer to 1 than this is no difference
+# By the host clock, of two runs: one thing was up to 1.5 times as slow in the second of two sweeps
+# on an otherwise idle machine, whatever its own samples said.
+APART_ON_HOST = 2.0
 # Two runs of one thing should agree this well in medians that are not tiny.
 ALIKE, LONG = 1.02, 50.0
 STYLES = {"faster": "green", "slower": "red", "same": "dim", "unclear": "yellow"}
@@ -31,7 +34,9 @@ LEGEND = (
     "B / A: median time of A over that of B (above 1, B is faster), and its 99 % interval. "
     "faster, slower: all of it is more than 1 % away from 1; same: all of it is within 1 %; "
     f"unclear: neither, or fewer than {FEW} samples, which make no 99 % interval. Could show: 1 % "
-    "and half the interval's width; such data does not tell a smaller difference. "
+    "and half the interval's width; such data does not tell a smaller difference. By the host "
+    "clock two runs of one thing may differ by half, so that two files need a factor of "
+    f"{APART_ON_HOST:g} for faster or slower. "
 )
 UNPAIRED = (
     "Rounds of two files do not pair: what changed on the machine between them is in the ratio "
@@ -76,6 +81,10 @@ class Pair(NamedTuple):
     b: Row
     speed: Ratio | None
 
+    @property
+    def limit(self) -> float:
+        return difference(self.a, self.speed.paired)
+
 
 def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> int:
     """Prints what B is against A.
@@ -95,7 +104,7 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
         raise ValueError(f"nothing matches: no cell, phase and clock of {a.name} is in {b.name}")
     _print(a, b, pairs, console)
     limit = math.inf if fail_slower is None else 1 + fail_slower / 100
-    slower = [p for p in pairs if p.speed and verdict(p.speed, limit) == "slower"]
+    slower = [p for p in pairs if p.speed and verdict(p.speed, max(limit, p.limit)) == "slower"]
     _print_notes([(f"slower by more than {fail_slower:g} %", p.key) for p in slower], console)
     if fail_slower is None:
         return 0
@@ -121,23 +130,30 @@ def sides(csv: Path, other: Path | None, method: str | None, against: str | None
     raise ValueError("compare takes two files, or one file with both --method and --against")
 
 
+def difference(row: Row, paired: bool) -> float:
+    """The factor from which on the speed of such a row is another."""
+    busy = row.phase == STEP and row.cuda is not None  # a GPU that waits for no launch
+    return APART_ON_HOST if row.clock == "host" and not paired and not busy else LIMIT
+
+
 def verdict(speed: Ratio, limit: float = LIMIT) -> str:
-    """faster, slower, same or unclear."""
+    """faster, slower, same or unclear; never same where only a large factor is a difference."""
     if speed.rounds < FEW:
         return "unclear"
     if speed.low > limit or speed.high < 1 / limit:
         return "faster" if speed.low > limit else "slower"
-    return "same" if 1 / limit <= speed.low and speed.high <= limit else "unclear"
+    alike = limit == LIMIT and 1 / limit <= speed.low and speed.high <= limit
+    return "same" if alike else "unclear"
 
 
-def could_show(speed: Ratio) -> float | None:
+def could_show(speed: Ratio, limit: float = LIMIT) -> float | None:
     """The smallest difference that such data would have told, as a fraction.
 
     On a log scale an interval that reaches h to either side of a ratio r clears the limit where
-    |log r| > h + log(LIMIT), and h is log(high / low) / 2. A true difference of just that size is
+    |log r| > h + log(limit), and h is log(high / low) / 2. A true difference of just that size is
     told one time in two: half of all measured ratios fall short of the true one.
     """
-    return LIMIT * math.sqrt(speed.high / speed.low) - 1 if speed.rounds >= FEW else None
+    return limit * math.sqrt(speed.high / speed.low) - 1 if speed.rounds >= FEW else None
 
 
 def _of_file(path: Path) -> Side:
@@ -196,7 +212,7 @@ def _print(a: Side, b: Side, pairs: Sequence[Pair], console: Console) -> None:
     _print_notes(left, console)
     paired = any(pair.speed and pair.speed.paired for pair in pairs)
     console.print(Text(LEGEND + (PAIRED if paired else UNPAIRED), style="dim"))
-    counts = Counter(verdict(p.speed) for p in pairs if p.speed)
+    counts = Counter(verdict(p.speed, p.limit) for p in pairs if p.speed)
     told = ", ".join(f"{counts[word]} {word}" for word in STYLES)
     console.print(Text(f"B against A, {sum(counts.values())} compared: {told}", style="bold"))
     again = [p for p in pairs if p.key.cell.method and _long(p)]  # one method, in two runs
@@ -246,22 +262,25 @@ def _table(pairs: Sequence[Pair], console: Console) -> Table:
 def _texts(pairs: Sequence[Pair]) -> list[dict[str, str]]:
     """Of each row of the table, by column."""
     variants = Counter(method for method, _ in {p.key.cell[:2] for p in pairs})
-    return [
-        {
-            "method": key.cell.label if variants[key.cell.method] > 1 else key.cell.method,
-            "backend": key.cell.backend,
-            "phase": key.phase,
-            "A us": f"{a.median_us:.1f}",
-            "B us": f"{b.median_us:.1f}",
-            "A\ntokens/s": _tokens_per_s(a),
-            "B\ntokens/s": _tokens_per_s(b),
-            "speed\nB / A": f"{speed.ratio:.3f}",
-            "99 %\ninterval": f"{speed.low:.3f} - {speed.high:.3f}" if speed.low else NOTHING,
-            "verdict": verdict(speed),
-            "could\nshow": NOTHING if (x := could_show(speed)) is None else f"{100 * x:.1f} %",
-        }
-        for key, a, b, speed in pairs
-    ]
+    several = {method for method, count in variants.items() if count > 1}
+    return [_text(pair, pair.key.cell.method in several) for pair in pairs]
+
+
+def _text(pair: Pair, labelled: bool) -> dict[str, str]:
+    (key, a, b, speed), shown = pair, could_show(pair.speed, pair.limit)
+    return {
+        "method": key.cell.label if labelled else key.cell.method,
+        "backend": key.cell.backend,
+        "phase": key.phase,
+        "A us": f"{a.median_us:.1f}",
+        "B us": f"{b.median_us:.1f}",
+        "A\ntokens/s": _tokens_per_s(a),
+        "B\ntokens/s": _tokens_per_s(b),
+        "speed\nB / A": f"{speed.ratio:.3f}",
+        "99 %\ninterval": f"{speed.low:.3f} - {speed.high:.3f}" if speed.low else NOTHING,
+        "verdict": verdict(speed, pair.limit),
+        "could\nshow": NOTHING if shown is None else f"{100 * shown:.1f} %",
+    }
 
 
 def _print_notes(notes: Iterable[tuple[str, Key]], console: Console) -> None:

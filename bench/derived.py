@@ -22,6 +22,8 @@ PROBLEM = (
 )  # fmt: skip
 # Multiply and add of the two (forward) or five (backward) products of an allowed pair, times D.
 FLOPS_PER_PAIR = {"fwd": 4, "bwd": 10, "fwd_bwd": 14}
+# Rows that share these had their samples interleaved: a run that is gone on with has others later.
+ROUNDS = "run", "time_utc", "code", "host", "device"
 UNPAIRED = 1 << 30  # round numbers from here on meet no other row's
 
 
@@ -60,7 +62,7 @@ class Board:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.head = rows[0]
-        self._rows = {(_cell(row), row.phase): row for row in rows}
+        self._rows = {(cell_of(row), row.phase): row for row in rows}
         backends = list(dict.fromkeys(row.backend for row in rows))
         methods = in_order(row.method for row in rows)
         self.cells = sorted(
@@ -157,12 +159,13 @@ class Board:
 
 
 def compare(over: Row, under: Row) -> Ratio:
-    """One row's median over the other's; rounds pair where both rows are of one run's rounds.
+    """One row's median over the other's; rounds pair where both were sampled in the same ones.
 
     Raises:
         ValueError: a row has no samples.
     """
-    paired = over.run == under.run and over.rounds and under.rounds
+    together = all(getattr(over, name) == getattr(under, name) for name in ROUNDS)
+    paired = together and over.rounds and under.rounds
     return ratio_interval(_by_round(over, 0), _by_round(under, 0 if paired else UNPAIRED))
 
 
@@ -199,7 +202,7 @@ def in_order(methods: Iterable[str]) -> list[str]:
     return [m for m in METHOD_ORDER if m in names] + [m for m in names if m not in METHOD_ORDER]
 
 
-def _cell(row: Row) -> Cell:
+def cell_of(row: Row) -> Cell:
     return Cell(row.method, row.params, row.backend)
 
 

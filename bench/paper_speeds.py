@@ -174,7 +174,7 @@ def _best_run(rows: Sequence[Row]) -> dict[str, Row]:
 
     def worth(run: Mapping[str, Row]) -> tuple[int, int, int]:
         base = run[BASELINE]
-        return -CLOCKS.index(base.clock), base.world_size or 1, len(run)
+        return -CLOCKS.index(base.clock), len(run), base.world_size or 1
 
     return max(whole, key=worth, default={})
 

@@ -124,8 +124,8 @@ def _amiss(found: Sequence[Training]) -> str:
     if not told:
         return ""
     return (
-        f" Attention and the other kernels together should be a step to {SPLIT:.0%}; they miss it "
-        f"by: {'; '.join(told)}."
+        f" A step that CUPTI splits should take what others take, to {SPLIT:.0%}; it takes less "
+        f"(+) or more by: {'; '.join(told)}."
     )
 
 

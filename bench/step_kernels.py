@@ -1,4 +1,4 @@
-"""What the device does in a step of training: kernels of attention and others, by their names."""
+"""What a device does in a step of training: kernels of attention, by their names, and the rest."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ COUNTED = 5  # steps after them
 def kernel_split(
     step: Callable[[], None], device: torch.device, step_us: float, is_attention: bool
 ) -> tuple[float | None, float | None]:
-    """Microseconds of a step in kernels of attention, and in others, by their names.
+    """Microseconds of a step in kernels of attention, by their names, and of the rest of it.
 
-    What runs at once counts once, as attention. None on a CPU, where CUPTI sees nothing.
+    The rest is other kernels, less what of them runs beside attention, and what no kernel fills.
+    Together they are what a step took while CUPTI looked on. None on a CPU, where it sees nothing.
 
     Args:
         step_us: of a step in the middle of a training.
@@ -59,8 +60,8 @@ def kernel_split(
     attention = covered((begin, end) for begin, end, named in spans if named)
     if is_attention and not attention:
         raise RuntimeError("no kernel of the step is named for attention")
-    busy = covered((begin, end) for begin, end, _ in spans)
-    return attention / COUNTED, (busy - attention) / COUNTED
+    whole = max(end for _, end, _ in spans) - start
+    return attention / COUNTED, (whole - attention) / COUNTED
 
 
 def _boundary(device: torch.device) -> timing.Call:

@@ -188,7 +188,7 @@ def compile_first(job: Job) -> None:
     attention = step_attention(method, job.cell.backend, p, device, compiled=True)
     if method != IDENTITY:
         first = replace(job.group, phases=("fwd_bwd",))
-        first_call(first, job.cell)
+        first_call(first, job.cell, named=False)
     single = job.model.shortened(1)
     model = build(single, attention.call, p.seq_len, p.torch_dtype, device, job.group.seed)
     compile_model(model, attention)

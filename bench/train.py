@@ -27,10 +27,11 @@ from bench.steps import Job, compile_bytes, compile_first, method_of, unfinished
 from bench.text import read_text, text_name
 from bench.train_figures import draw_training
 from bench.train_report import one_line, print_training
-from bench.worker import SPAWN, set_up
+from bench.worker import SPAWN, set_up_beside
 from methods import METHODS, Problem
 
 LARGE = 10**9  # parameters; from here on a model is sharded rather than copied to every GPU
+ENDED = "ended by SIGTERM: another rank ended, or the run was ended"
 LAST_WORD = timedelta(seconds=60)  # that other ranks wait for what rank 0 has to write
 
 
@@ -289,7 +290,7 @@ class _Run:
         most = room([job.group for job in jobs], max(map(compile_bytes, jobs), default=0))
         with self.console.status(f"compiling {len(jobs)} cells ahead") as status:
             side_by_side(
-                compile_first, [(job,) for job in jobs], set_up, self.request.time_limit,
+                compile_first, [(job,) for job in jobs], set_up_beside, self.request.time_limit,
                 lambda: status.update(f"compiling ahead: {next(done)} of {len(jobs)}"), most,
             )  # fmt: skip
 
@@ -309,15 +310,17 @@ class _Run:
             except KeyboardInterrupt as stop:
                 # torchrun ends the ranks that are left by SIGTERM; a person's Ctrl-C is SIGINT.
                 if self.ranks.size > 1 and stop.args:
-                    reason = "ended by SIGTERM: another rank ended, or the run was ended"
-                    self.store.append(self._failed(job, env, "crash", reason))
+                    self.store.append(self._failed(job, env, "crash", ENDED))
                 raise
 
     def _failed(self, job: Job, env: Environment, status: str, reason: str) -> list[Row]:
         return rows_of(job.group, env, unfinished(job, self.ranks.size, status, reason), None)
 
     def _complete(self, job: Job, rows: Sequence[Row], env: Environment) -> bool:
-        """Whether a cell has a row of this code, environment, recipe and text."""
+        """Whether a cell has a row of this code, environment, recipe and text.
+
+        One that the whole run was ended in is tried again.
+        """
         method, path = method_of(job.cell), source_file(job.cell.method)
         names = [f.name for f in fields(Environment) if f.name not in ("git_sha", "code")]
         wanted = {name: getattr(env, name) for name in names} | {
@@ -326,7 +329,10 @@ class _Run:
             "backend": job.cell.backend, "model": job.model.name,
             "world_size": self.ranks.size, "data": job.data, "recipe": job.recipe,
         }  # fmt: skip
-        return any(all(getattr(row, k) == v for k, v in wanted.items()) for row in rows)
+        return any(
+            row.reason != ENDED and all(getattr(row, k) == v for k, v in wanted.items())
+            for row in rows
+        )
 
     def _say(self, row: Row) -> None:
         told = one_line(row)

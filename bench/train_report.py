@@ -12,7 +12,7 @@ from bench.compare import LIMIT
 from bench.derived import BASELINE, Cell
 from bench.figures import Value
 from bench.record import Row
-from bench.report import WIDE
+from bench.report import NOTHING, WIDE
 from bench.step_attention import IDENTITY
 from bench.trainings import (
     SPLIT,
@@ -26,7 +26,6 @@ from bench.trainings import (
     utilisation,
 )
 
-NOTHING = "-"
 TABLE = {
     "method": "left", "backend": "left", "tokens/s": "right", "±": "right", "step": "right",
     "x fastest dense": "right", "Amdahl": "right", "zero cost": "right",
@@ -37,7 +36,7 @@ LEGEND = (
     "± the farther end of the 99 % interval. x: speed-up of the step over `standard` on its "
     "fastest backend, and on the same one. Amdahl: what the speed-up of the attention call by "
     "itself allows; zero cost: what attention that costs nothing would give. % of matmul: of the "
-    "rate of a large matrix product on this chip. attention: its share of the step's kernels, by "
+    "rate of a large matrix product on this chip. attention: its kernels' share of the step, by "
     "their names, so that what varlen copies to pack its sequences counts as the rest. "
     "loss: of the last timed step. scaling: tokens/s over those of one process times processes."
 )
@@ -72,7 +71,7 @@ def remarks(row: Row) -> Iterator[str]:
     elif row.reason:
         yield row.reason
     elif abs(missed(row) or 0) > SPLIT:
-        yield f"attention and the other kernels leave {missed(row):.1%} of the step"
+        yield f"steps that CUPTI looked at took {-missed(row):+.1%} of the others' time"
     if (ends := fall(row)) and not ends.clear:
         yield (
             f"the loss does not fall: {ends.first:.4g} over the first {ends.steps} steps, "

@@ -48,11 +48,9 @@ def head_measures(
     A copy attends densely in float32, since a kernel keeps no attention weights.
     """
     p = group.problem
-    allowed = torch.from_numpy(mask_grid(method, replace(p, batch=1)))
-    about = {"method": method.name}
-    first = [measure(uniform(allowed), allowed, weights="uniform", **about)]
-    allowed, found = allowed.to(ids.device), []
-    about |= {"weights": weights, "seed": group.seed}
+    allowed = torch.from_numpy(mask_grid(method, replace(p, batch=1))).to(ids.device)
+    about = {"method": method.name, "weights": weights, "seed": group.seed}
+    found = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x.float().repeat_interleave(p.group, dim=1) for x in (k, v))
@@ -64,7 +62,9 @@ def head_measures(
         copy = build(model, attend, p.seq_len, p.torch_dtype, ids.device, group.seed)
         copy.load_state_dict(trained.state_dict())
         copy.hidden(ids[:SEQUENCES])
-    return first + found if weights == INITIAL else found
+    if weights == INITIAL:
+        found.insert(0, measure(uniform(allowed), allowed, method=method.name, weights="uniform"))
+    return found
 
 
 def written(lines: Iterable[Specialised]) -> str:

@@ -2,7 +2,7 @@
 
 The ceilings of a speed-up over the fastest dense step. Zero cost: the dense step over the step of
 the same model with q + k + v in place of attention. Amdahl: 1 / (1 - a + a / s), with a the share
-that attention has of the dense step's time in kernels, and s the speed-up of the attention call by
+that kernels of attention have of the dense step, and s the speed-up of the attention call by
 itself, by the device clock.
 """
 
@@ -14,14 +14,14 @@ from functools import cached_property
 from statistics import fmean, variance
 from typing import NamedTuple
 
-from bench.derived import BASELINE, Cell, compare, in_order, problem_of
+from bench.derived import BASELINE, Cell, cell_of, compare, in_order, problem_of
 from bench.figures import Value
 from bench.record import STEP, Row
 from bench.step_attention import IDENTITY
 
 PART = 0.1  # of the steps at either end, whose mean losses are compared
 ERRORS = 3  # standard errors of their difference that are no noise
-SPLIT = 0.03  # share of a step by which its two parts may miss it without a word
+SPLIT = 0.03  # share of a step by which its two parts may miss what it took unobserved
 
 
 class Training:
@@ -37,7 +37,7 @@ class Training:
 
     def __init__(self, steps: Sequence[Row], calls: dict[Cell, Row]) -> None:
         self.head, self.calls = steps[0], calls
-        self.rows = {_cell(row): row for row in steps}
+        self.rows = {cell_of(row): row for row in steps}
         order = in_order(row.method for row in steps if row.method != IDENTITY.name)
         order.append(IDENTITY.name)
         self.cells = sorted(self.rows, key=lambda cell: order.index(cell.method))
@@ -84,8 +84,8 @@ class Training:
             return "with several processes, what they send each other runs beside attention"
         if self.dense is None or not attention_share(self.rows[self.dense]):
             return "no dense step was split by kernel"
-        if (idle := missed(self.rows[self.dense])) > SPLIT:
-            return f"kernels fill only {1 - idle:.1%} of the dense step"
+        if (slowed := -missed(self.rows[self.dense])) > SPLIT:  # launches were waited for
+            return f"CUPTI made the dense step {slowed:.1%} longer"
         for call in (self.calls.get(self.dense), self.calls.get(cell)):
             if call is None or not call.median_us:
                 told = call.reason if call is not None and call.reason else "not measured"
@@ -99,20 +99,20 @@ def trainings(rows: Iterable[Row]) -> list[Training]:
     calls: dict[tuple, dict[Cell, Row]] = {}
     before: dict[tuple, Row] = {}  # a step's own call has its row before the step's
     for row in rows:
-        of_cell = row.run, problem_of(row), _cell(row)
+        of_cell = row.run, problem_of(row), cell_of(row)
         if (row.phase, row.clock) == ("fwd_bwd", "device"):
             before[of_cell] = row
         elif row.phase == STEP:
             grouped.setdefault(_setting(row), []).append(row)
             if call := before.pop(of_cell, None):
-                calls.setdefault(_setting(row), {})[_cell(row)] = call
+                calls.setdefault(_setting(row), {})[cell_of(row)] = call
     return [Training(steps, calls.get(key, {})) for key, steps in grouped.items()]
 
 
 def attention_share(row: Row) -> float | None:
-    """Of the step's time in kernels."""
-    busy = (row.attention_us or 0) + (row.other_us or 0)
-    return row.attention_us / busy if row.world_size == 1 and busy else None
+    """Of the step."""
+    whole = (row.attention_us or 0) + (row.other_us or 0)
+    return row.attention_us / whole if row.world_size == 1 and whole else None
 
 
 def tokens_per_s(row: Row) -> Value | None:
@@ -170,7 +170,7 @@ def fall(row: Row) -> Fall | None:
 
 
 def missed(row: Row) -> float | None:
-    """Share of the step that its two parts do not add up to; negative where they exceed it."""
+    """Share of a step that its two parts do not add up to; negative where they exceed it."""
     if row.attention_us is None or not row.median_us:
         return None
     return 1 - (row.attention_us + row.other_us) / row.median_us
@@ -185,13 +185,9 @@ def _ratio(over: Row, under: Row) -> Value:
     return Value(ratio, interval.low, interval.high)
 
 
-def _cell(row: Row) -> Cell:
-    return Cell(row.method, row.params, row.backend)
-
-
 def _scales(row: Row) -> tuple:
     """What one process and several have in common."""
-    return *_setting(row)[:-2], _cell(row), row.torch, row.driver
+    return *_setting(row)[:-2], cell_of(row), row.torch, row.driver
 
 
 def _setting(row: Row) -> tuple:

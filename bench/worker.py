@@ -192,12 +192,16 @@ def _start_tracker() -> None:
 
 
 def set_up_sweep() -> None:
-    """As `set_up`; and what compiled code must agree on for the on-disk caches."""
-    set_up()
-    # Else each process starts as many more as there are cores, which import torch first; but the
-    # cores are taken by those that compile ahead, and who measures finds everything on disk.
-    torch._inductor.config.compile_threads = 1
+    """As `set_up_beside`; and what compiled code must agree on for the on-disk caches."""
+    set_up_beside()
     torch._functorch.config.donated_buffer = False  # a backward is run again on one graph
+
+
+def set_up_beside() -> None:
+    """As `set_up`, for processes that compile side by side, and those that find it all on disk."""
+    set_up()
+    # Else each starts as many more as there are cores, which import torch first.
+    torch._inductor.config.compile_threads = 1
 
 
 def set_up() -> None:

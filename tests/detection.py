@@ -22,8 +22,8 @@ import torch
 from bench import chip, derived, timing
 from bench.backends import BACKENDS, forward_backward
 from bench.cells import figures
-from bench.compare import verdict
-from bench.record import ROOT, Row, environment
+from bench.compare import difference, verdict
+from bench.record import ROOT, Environment, Row, environment
 from bench.request import named_device
 from bench.sampling import sample_rounds
 from methods import METHODS, Problem
@@ -84,15 +84,22 @@ def plant(device: torch.device, call: Work, share: float) -> timing.Sampler:
 
 
 def comparisons(
-    a: timing.Sampler, b: timing.Sampler, count: int, read_chip: chip.Reader
+    a: timing.Sampler, b: timing.Sampler, count: int, read_chip: chip.Reader, env: Environment
 ) -> Iterator[tuple[Row, Row]]:
     """A row of both from each of so many runs."""
+    clock = "host" if env.cuda is None else "device"
     for number in range(count):
         taken = sample_rounds(
             {"a": a, "b": b}, rounds=ROUNDS, seconds=SECONDS, seed=number, read_chip=read_chip
         )
         yield tuple(
-            make_row(run=f"run {number}", method=name, **figures(taken[name], shared=True))
+            make_row(
+                run=f"run {number}",
+                method=name,
+                clock=clock,
+                cuda=env.cuda,
+                **figures(taken[name], shared=True),
+            )
             for name in "ab"
         )
 
@@ -105,9 +112,14 @@ def verdicts(pairs: list[tuple[Row, Row]]) -> dict[str, Counter]:
     later = [b for _, b in (*pairs[1:], pairs[-2])]
     apart = [(a, b) for (a, _), b in zip(pairs, later, strict=True)]
     return {
-        mode: Counter(verdict(derived.compare(a, b)) for a, b in chosen)
+        mode: Counter(_verdict(a, b) for a, b in chosen)
         for mode, chosen in (("paired", pairs), ("apart", apart))
     }
+
+
+def _verdict(a: Row, b: Row) -> str:
+    speed = derived.compare(a, b)
+    return verdict(speed, difference(a, speed.paired))
 
 
 def main() -> None:
@@ -129,7 +141,7 @@ def main() -> None:
         for share in (0.0, 0.03, 0.01):
             b = plant(device, call, share) if share else samplers(device, call, None)
             count = arguments.comparisons * (1 if share else 2)
-            pairs = list(comparisons(a, b, count, chip.reader(device)))
+            pairs = list(comparisons(a, b, count, chip.reader(device), env))
             ratio = statistics.median(y.median_us / x.median_us for x, y in pairs)
             for mode, found in verdicts(pairs).items():
                 rounds = statistics.median(len(x.samples) for x, _ in pairs)

@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def drifting(factor):
 
 
 def pairs(factor, count=4):
-    runs = detection.comparisons(drifting(1.0), drifting(factor), count, lambda: None)
+    env = SimpleNamespace(cuda="13.0")
+    runs = detection.comparisons(drifting(1.0), drifting(factor), count, lambda: None, env)
     return list(runs)
 
 
@@ -32,6 +34,7 @@ def pairs(factor, count=4):
 def short(monkeypatch):
     """Eight rounds, however fast the machine is."""
     monkeypatch.setattr(detection, "SECONDS", 0.0)
+    monkeypatch.setattr(detection, "ROUNDS", 8)
 
 
 @pytest.mark.parametrize(("factor", "word"), [(1.0, "same"), (1.03, "slower"), (0.97, "faster")])
@@ -39,6 +42,13 @@ def test_rounds_of_one_run_pair_and_those_of_two_do_not(factor, word):
     """What both went through in a round cancels; between runs it is in the way."""
     found = detection.verdicts(pairs(factor))
     assert found == {"paired": Counter({word: 4}), "apart": Counter({"unclear": 4})}
+
+
+def test_two_runs_by_the_host_clock_tell_no_small_difference():
+    env = SimpleNamespace(cuda=None)
+    steady = [lambda us=us: us for us in (100.0, 130.0)]
+    found = detection.verdicts(list(detection.comparisons(*steady, 4, lambda: None, env)))
+    assert found == {"paired": Counter(slower=4), "apart": Counter(unclear=4)}
 
 
 def test_apart_are_runs_right_after_one_another(monkeypatch):

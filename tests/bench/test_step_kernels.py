@@ -49,18 +49,23 @@ class Device:
         self.events.append(SimpleNamespace(name=name, time_range=span, is_user_annotation=note))
 
 
-def test_kernels_are_split_by_name_and_what_overlaps_counts_once(monkeypatch):
-    assert kernel_split(Device(monkeypatch).step, CUDA, WARM_US, True) == (25, 25)
+def test_a_step_is_kernels_of_attention_and_the_rest(monkeypatch):
+    """What runs beside attention is no rest; gaps between kernels are, but for the last's end."""
+    whole = 100 - 45 / COUNTED  # the last step counts up to its last kernel
+    split = kernel_split(Device(monkeypatch).step, CUDA, WARM_US, True)
+    assert split == pytest.approx((25, whole - 25))
     unnamed = Device(monkeypatch, [STEP[1], STEP[3]])
     with pytest.raises(RuntimeError, match="no kernel of the step is named for attention"):
         kernel_split(unnamed.step, CUDA, WARM_US, True)
-    assert kernel_split(unnamed.step, CUDA, WARM_US, False) == (0, 30)
+    split = kernel_split(unnamed.step, CUDA, WARM_US, False)
+    assert split == pytest.approx((0, 100 - 55 / COUNTED))
     assert kernel_split(unnamed.step, CPU, WARM_US, True) == (None, None)
 
 
 def test_steps_of_a_rested_chip_run_first_and_do_not_count(monkeypatch):
     device = Device(monkeypatch, fast=7)
-    assert kernel_split(device.step, CUDA, WARM_US / 6.5, True) == (25, 25)
+    attention, rest = kernel_split(device.step, CUDA, WARM_US / 6.5, True)
+    assert (attention, attention + rest) == pytest.approx((25, 100 - 45 / COUNTED))
     assert device.steps == 7 + COUNTED
 
 
@@ -68,9 +73,10 @@ def test_copies_that_inductor_names_by_their_reader_are_no_attention(monkeypatch
     """In a model compiled with scaled_dot_product_attention inside."""
     copies = "triton_poi_fused__scaled_dot_product_flash_attention_clone_0", 60, 70
     device = Device(monkeypatch, [*STEP, copies])
-    assert kernel_split(device.step, CUDA, WARM_US, True) == (25, 35)
+    assert kernel_split(device.step, CUDA, WARM_US, True)[0] == pytest.approx(25)
     own = "triton_per_fused_flex_attention_backward_0", 60, 70
-    assert kernel_split(Device(monkeypatch, [*STEP, own]).step, CUDA, WARM_US, True) == (35, 25)
+    device = Device(monkeypatch, [*STEP, own])
+    assert kernel_split(device.step, CUDA, WARM_US, True)[0] == pytest.approx(35)
 
 
 def test_a_profiler_that_sees_nothing_is_an_error(monkeypatch):
