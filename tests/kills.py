@@ -102,8 +102,8 @@ def _sent(send: Callable[[int, int], None], pid: int, number: int) -> bool:
 
 
 CULPRITS = {
-    "segfault": "crash", "hang": "timeout", "oom_fwd": "oom", "oom_bwd": "oom",
-    "raise": "crash", "compile_raise": "crash", "device_assert": "crash",
+    "segfault": "crash", "hang": "timeout", "compile_hang": "timeout", "oom_fwd": "oom",
+    "oom_bwd": "oom", "raise": "crash", "compile_raise": "crash", "device_assert": "crash",
 }  # fmt: skip
 
 
@@ -112,13 +112,15 @@ def culprit(ground: Ground, kind: str) -> Iterator[Finding]:
     if kind == "device_assert" and ground.device == "cpu":
         yield Finding(kind=kind, what="skipped", device="cpu", note="skipped: needs CUDA")
         return
-    case = _faulty_case(ground, kind, kind, limit=20 if kind == "hang" else 60)
+    how, limit = ("hang", 20) if CULPRITS[kind] == "timeout" else (kind, 60)
+    case = _faulty_case(ground, kind, how, limit)
     run = case.start()
     yield case.conclude(run, None)
 
 
 def _faulty_case(ground: Ground, kind: str, how: str, limit: float) -> Case:
-    backends = ("blockwise", "flex") if how == "compile_raise" else ("blockwise", "sdpa-flash")
+    compiled = kind.startswith("compile_")
+    backends = ("blockwise", "flex") if compiled else ("blockwise", "sdpa-flash")
     sound = ground.sweep("spattention", FAULTY, backends=backends)
     keys = Counter()
     for known in ground.reference(sound).keys:
@@ -128,7 +130,7 @@ def _faulty_case(ground: Ground, kind: str, how: str, limit: float) -> Case:
     )
     status = CULPRITS[how]
     return Case(
-        ground, kind, f"a method that does: {how}", arguments, keys, ground.new_folder(),
+        ground, kind, f"a method that does: {kind}", arguments, keys, ground.new_folder(),
         exits=(int(status == "crash"),), culprit=status, complete=True,
     )  # fmt: skip
 

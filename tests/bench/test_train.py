@@ -23,7 +23,7 @@ from bench.chip import Reading
 from bench.compare import sides
 from bench.models import MODELS, model_of_file
 from bench.ranks import Apart, JobFailed, Ranks
-from bench.record import ROOT, Store, read_rows
+from bench.record import ROOT, Store, environment, read_rows
 from bench.steps import World, run_job
 from bench.trainings import scaling, trainings
 from tests.bench.rows import make_row
@@ -232,6 +232,15 @@ def test_a_run_writes_rows_and_figures_and_is_gone_on_with(tmp_path, in_this_pro
     assert run_bench.main(given) == 2
     assert run_bench.main([*given, "--resume", "--methods", "local_only"]) == 0
     assert [cell.method for cell in in_this_process[6:]] == ["local_only", "local_only"]
+
+
+def test_what_a_run_was_ended_in_is_tried_again_and_a_failure_of_its_own_is_not():
+    given = job()
+    env = environment(CPU)
+    run = train._Run([given], train.Train(), Ranks(), None, Console())
+    for reason, complete in ((train.ENDED, False), ("rank 1: the process was ended", True)):
+        rows = run._failed(given, env, "crash", reason)
+        assert run._complete(given, rows, env) is complete
 
 
 def test_no_more_processes_compile_than_the_device_holds(monkeypatch):
