@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ NO_LSE = "FlexAttention's CPU kernel gives no log-sum-exp"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@torch.compiler.disable  # it compiles for static shapes, whatever the model around it does
 def attend(
     q: Tensor,
     k: Tensor,
@@ -63,11 +64,16 @@ def attend(
     Raises:
         ValueError: what was given does not go together; one line says what is allowed.
     """
-    given = (q, k, v) if global_qkv is None else (q, k, v, *global_qkv)
-    if not all(isinstance(x, Tensor) for x in given):
+    own = () if global_qkv is None else global_qkv
+    given = (q, k, v, *own) if isinstance(own, Sequence) else (q, k, v, own)
+    if not all(isinstance(x, Tensor) for x in given) or len(given) not in (3, 6):
         kinds = ", ".join(type(x).__name__ for x in given)
-        raise ValueError(f"q, k, v (and global_qkv) are {kinds}; they must be tensors")
-    return _routed(resolve(method), given, causal, backend, global_tokens, state)
+        raise ValueError(f"q, k, v (and global_qkv) are {kinds}; they must be 3 (and 3) tensors")
+    call = partial(_routed, resolve(method), given, causal, backend, global_tokens, state)
+    if not torch.is_autocast_enabled(q.device.type):
+        return call()
+    with torch.autocast(q.device.type, enabled=False):  # it computes in the dtype of q
+        return call()
 
 
 def _routed(
@@ -102,6 +108,8 @@ def _with_globals(method: Method, given: bool) -> Longformer:
 def _backend_for(method: Method, given: tuple[Tensor, ...], backend: str) -> str:
     """The executor of a call, "auto" resolved."""
     q, k = given[:2]
+    if backend not in (known := ("auto", *BACKENDS)):
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(known)}")
     if method.shared_qk and k is not q:
         raise ValueError(f"{method.name} shares queries and keys; k must be the tensor that q is")
     if any(x.dtype != q.dtype or x.device != q.device for x in given):
@@ -136,7 +144,10 @@ class Plan:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, state: Any = None
     ) -> tuple[Tensor, Tensor | None]:
-        state = self.method.prepare(q, k, self.problem) if state is None else state
+        if state is None:
+            state = self.method.prepare(q, k, self.problem)
+        else:
+            self.method.check_state(state, self.problem)
         layout = self.method.layout(q, k, v, self.problem, state, self.block_size)
         out, lse = self.execute(layout)
         return (out, lse) if layout.restore is None else (layout.restore(out, lse), None)

@@ -166,14 +166,22 @@ def merged_bands(method: Banded, p: Problem) -> Tensor:
 
     Merging comes before any test for full blocks: two adjacent bands can fill one block together.
     """
-    heads = [_merge(intervals, p.seq_len) for intervals in method.bands(p)]
+    given = method.bands(p)
+    try:
+        heads = [_merge(intervals, p.seq_len) for intervals in given]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{method.name} gives bands {given!r}; for each head they must be a list of "
+            "(first, last) distances"
+        ) from None
     if len(heads) not in (1, p.q_heads):
         raise ValueError(
             f"{method.name} gives bands for {len(heads)} heads; {p.q_heads} (or 1 for all) needed"
         )
     width = max(1, *(len(intervals) for intervals in heads))
     empty = (p.seq_len, -1)
-    return torch.tensor([[*x, *[empty] * (width - len(x))] for x in heads], dtype=torch.int64)
+    filled = [[*x, *[empty] * (width - len(x))] for x in heads]
+    return torch.tensor(filled, dtype=torch.int64, device="cpu")
 
 
 def _merge(intervals: Sequence[Interval], seq_len: int) -> list[Interval]:

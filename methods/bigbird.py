@@ -14,7 +14,7 @@ from methods.method import MaskMod, Method, Problem, ScoreMod, kept
 
 @dataclass(frozen=True, eq=False)
 class DrawnBlocks:
-    """State of a call: int32 [H, n_blocks, n], -1 where a row has no block."""
+    """State of a call: int [H, n_blocks, n], -1 where a row has no block."""
 
     blocks: Tensor
 
@@ -54,10 +54,13 @@ class BigBird(Method):
     def __post_init__(self) -> None:
         for field, least in (("block", 1), ("n_random", 0), ("seed", 0)):
             value = getattr(self, field)
-            if type(value) is not int or value < least:
+            if type(value) is not int or not least <= value < 1 << 63:
                 raise ValueError(
                     f"bigbird: {field} is {value!r}; it must be a whole number, {least} or more"
                 )
+        for field in ("multiplicity", "last_row_dense"):
+            if type(value := getattr(self, field)) is not bool:
+                raise ValueError(f"bigbird: {field} is {value!r}; it must be True or False")
 
     def validate(self, p: Problem) -> None:
         free = max(0, self.n_blocks(p) - (3 if p.causal else 5))
@@ -78,7 +81,7 @@ class BigBird(Method):
         """State of a call whose random blocks the caller gives.
 
         Args:
-            blocks: int [H, n_blocks, n], -1 where there is none. Under causality later blocks,
+            blocks: int [H, n_blocks, n], -1 where there is none. In a causal call later blocks,
                 and in rows that see all (bidirectional: the first and the last) any, do not count.
 
         Raises:
@@ -96,9 +99,18 @@ class BigBird(Method):
                 f"bigbird: random blocks are {int(blocks.min())} to {int(blocks.max())}; "
                 f"they must be -1 (none) to {wanted[1] - 1}"
             )
-        row = torch.arange(wanted[1], device=blocks.device)[:, None]
-        void = self._sees_all(p)(row) | (p.causal & (blocks > row))
-        return DrawnBlocks(blocks.masked_fill(void, -1).int())
+        return DrawnBlocks(blocks)
+
+    def check_state(self, state: DrawnBlocks, p: Problem) -> None:
+        if not isinstance(state, DrawnBlocks):
+            kind = type(state).__name__
+            raise ValueError(f"bigbird: the state is a {kind}; drawn_blocks makes what it must be")
+        wanted, found = [p.q_heads, self.n_blocks(p)], list(state.blocks.shape[:2])
+        if found != wanted:
+            raise ValueError(
+                f"bigbird: the state has random blocks for {found[0]} heads and {found[1]} blocks "
+                f"of tokens; there are {wanted[0]} and {wanted[1]}"
+            )
 
     def mask_mod(
         self, p: Problem, device: torch.device, state: DrawnBlocks | None = None
@@ -185,16 +197,11 @@ class BigBird(Method):
         if state is None:
             drawn = draw_blocks(p.q_heads, self.n_blocks(p), self.n_random, self.seed, p.causal)
             state = self.drawn_blocks(drawn, p)
-        if not isinstance(state, DrawnBlocks):
-            kind = type(state).__name__
-            raise ValueError(f"bigbird: the state is a {kind}; drawn_blocks makes what it must be")
-        wanted, found = [p.q_heads, self.n_blocks(p)], list(state.blocks.shape[:2])
-        if found != wanted:
-            raise ValueError(
-                f"bigbird: the state has random blocks for {found[0]} heads and {found[1]} blocks "
-                f"of tokens; there are {wanted[0]} and {wanted[1]}"
-            )
-        return list(state.blocks.to(device).movedim(-1, 0).contiguous())
+        self.check_state(state, p)
+        blocks = state.blocks.to(device)
+        row = torch.arange(self.n_blocks(p), device=device)[:, None]
+        void = self._sees_all(p)(row) | (p.causal & (blocks > row))
+        return list(blocks.masked_fill(void, -1).int().movedim(-1, 0).contiguous())
 
     def _counter(
         self, p: Problem, device: torch.device, state: DrawnBlocks | None
@@ -230,6 +237,11 @@ def draw_blocks(heads: int, n_blocks: int, n_random: int, seed: int, causal: boo
     Uniform and without replacement among the blocks from 1 to n_blocks - 2 other than the row's
     own and its neighbours; under causality from 1 to two before the row.
     """
+    with torch.device("cpu"):
+        return _draw_blocks(heads, n_blocks, n_random, seed, causal)
+
+
+def _draw_blocks(heads: int, n_blocks: int, n_random: int, seed: int, causal: bool) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     # Row after row, so that under causality a longer sequence continues the same draws.
     uniform = torch.rand(n_blocks, heads, n_random, generator=generator, dtype=torch.float64)

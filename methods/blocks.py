@@ -37,7 +37,15 @@ def block_mask(
         A BlockMask whose lists equal those of `create_block_mask` for the method's mask_mod, in
         memory proportional to the lists. A method without a `grid` goes through
         `create_block_mask` itself, which evaluates all N x N pairs.
+
+    Raises:
+        ValueError: block_size is no pair of sizes.
     """
+    pair = isinstance(block_size, tuple) and len(block_size) == 2
+    if not pair or any(type(size) is not int or size < 1 for size in block_size):
+        raise ValueError(
+            f"block_size is {block_size!r}; it must be (query rows, keys), whole numbers above 0"
+        )
     device = torch.device(device)
     mask_mod = method.mask_mod(p, device, state)
     evaluate = _grid_of(method, p, device, block_size, state)

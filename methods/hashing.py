@@ -15,8 +15,11 @@ def draw(
     heads: int, dim: int, rounds: int, columns: int, seed: int, device: torch.device
 ) -> Tensor:
     """Random rotations, float32 [H, D, R, columns]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(heads, dim, rounds, columns, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(
+        heads, dim, rounds, columns, generator=generator, dtype=torch.float32, device="cpu"
+    )
+    return drawn.to(device)
 
 
 def rotated(q: Tensor, drawn: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
@@ -139,12 +140,18 @@ class Longformer(Banded):
         Raises:
             ValueError: tokens is not bool or not [B, N].
         """
-        if tokens.dtype != torch.bool or tokens.shape != (p.batch, p.seq_len):
-            raise ValueError(
-                f"longformer: global_tokens is {tokens.dtype} {list(tokens.shape)}; "
-                f"it must be torch.bool [{p.batch}, {p.seq_len}]"
-            )
+        given = f"a {type(tokens).__name__}"
+        with suppress(TypeError, ValueError, RuntimeError):
+            tokens = torch.as_tensor(tokens)
+            given = f"{tokens.dtype} {list(tokens.shape)}"
+        if given != (wanted := f"{torch.bool} {[p.batch, p.seq_len]}"):
+            raise ValueError(f"longformer: global_tokens is {given}; it must be {wanted}")
         return GlobalTokens(tokens)
+
+    def check_state(self, state: GlobalTokens, p: Problem) -> None:
+        if not isinstance(state, GlobalTokens) or state.apart:
+            raise ValueError("longformer: the state is none that globals_state makes")
+        self.globals_state(state.tokens, p)
 
     def mask_mod(
         self, p: Problem, device: torch.device, state: GlobalTokens | None = None
@@ -291,7 +298,8 @@ def attend_globals(
     """
     state = None
     if global_tokens is not None:
-        state = method.globals_state(torch.as_tensor(global_tokens, device=q.device), p)
+        state = method.globals_state(global_tokens, p)
+        state = GlobalTokens(state.tokens.to(q.device))
     if global_qkv is None:
         return _run(run, method.layout(q, k, v, p, state, block_size))
     _check_shapes(global_qkv, (q, k, v))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from methods.blocks import block_mask
+from methods.blocks import STRIP_ELEMENTS, block_mask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -30,7 +30,6 @@ LIMITS = {
     "seq_len": (1, 1 << 24),
     "head_dim": (16, 1 << 10),
 }
-STRIP_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +135,15 @@ class Method:
     def prepare(self, q: Tensor, k: Tensor, p: Problem) -> Any:
         """State of one call, computed from q [B, Hq, N, D] and k; None for a static method."""
         return None
+
+    def check_state(self, state: Any, p: Problem) -> None:
+        """Raises ValueError, in one line, where a state that a caller gives is none of this call.
+
+        One that shows wherever it is used needs no check here.
+        """
+        if self.static:
+            kind = type(state).__name__
+            raise ValueError(f"{self.name} takes no state; a {kind} was given")
 
     def state_fault(self, q: Tensor, k: Tensor, p: Problem, state: Any) -> str | None:
         """What is wrong with a state that `prepare` made of q and k, found another way; or None.

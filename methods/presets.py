@@ -39,6 +39,11 @@ def resolve(method: str | Method) -> Method:
         ValueError: neither a Method nor the name of a preset; names the nearest, or all.
     """
     if isinstance(method, Method):
+        try:
+            hash(method)
+        except TypeError as error:
+            why = f"a field cannot be hashed ({error}); give a tuple in place of a list"
+            raise ValueError(f"{method.name}: {why}") from None
         return method
     if not isinstance(method, str):
         raise ValueError(f"method is {method!r}; it must be a Method or the name of a preset")

@@ -22,6 +22,8 @@ from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, Sco
 MODES = ("exact", "transformers", "reformer_pytorch")
 # As in trax: two rotations in place of one, whose memory would grow with N^2 / chunk.
 MOST_IN_ONE_ROTATION = 128
+MAX_POSITIONS = 4096  # transformers' default, from which follows when it takes two
+MOST_ROUNDS = 1 << 10
 FAR = -(1 << 30)  # from every chunk
 MOST_BUCKETS = 1 << 31  # kernels hold them in int32
 # Of a check in float64: tokens at once, and the share that float32 may round into other buckets.
@@ -49,7 +51,8 @@ class Reformer(Method):
         chunk: slots in a chunk; the last one is shorter where N is no multiple (exact mode).
         n_buckets: an even number, or several, each of a rotation of its own, whose product
             counts. None for 2 N / chunk, rounded down to a power of two and from 256 on split
-            between two rotations; in mode reformer_pytorch N / chunk.
+            between two rotations (in mode transformers where its config's default would be); in
+            mode reformer_pytorch N / chunk.
         n_rounds: rounds of hashing; the libraries' num_hashes and n_hashes.
         seed: of the rotations, one a head and round; layers of one model should differ in it.
         before, after: chunks that a query sees before and after its own.
@@ -78,9 +81,10 @@ class Reformer(Method):
         least = {"chunk": 1, "n_rounds": 1, "seed": 0, "before": 0, "after": 0}
         for field, low in least.items():
             value = getattr(self, field)
-            if type(value) is not int or not low <= value < 1 << 63:
+            most = MOST_ROUNDS if field == "n_rounds" else (1 << 63) - 1
+            if type(value) is not int or not low <= value <= most:
                 raise ValueError(
-                    f"reformer: {field} is {value!r}; it must be a whole number, {low} or more"
+                    f"reformer: {field} is {value!r}; it must be a whole number, {low} to {most}"
                 )
         sizes = self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets,)
         even = sizes and all(type(x) is int and x > 0 and x % 2 == 0 for x in sizes)
@@ -135,8 +139,10 @@ class Reformer(Method):
             return self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets,)
         if self.mode == "reformer_pytorch":
             return (p.seq_len // self.chunk,)
-        exponent = (2 * (p.seq_len // self.chunk)).bit_length() - 1
-        if 2**exponent <= MOST_IN_ONE_ROTATION:
+        exponent, most = (2 * (p.seq_len // self.chunk)).bit_length() - 1, MOST_IN_ONE_ROTATION
+        if self.mode == "transformers":
+            most = 2 * max(math.isqrt(MAX_POSITIONS // self.chunk), self.chunk)
+        if 2**exponent <= most:
             return (2**exponent,)
         return 2 ** (exponent // 2), 2 ** (exponent - exponent // 2)
 
@@ -150,8 +156,10 @@ class Reformer(Method):
         Args:
             q: [B, H, N, D].
         """
-        # The product is not compiled: torch would warn that it is not in TF32.
-        return fused(nearest, rotated(q.float(), self._drawn(q, p)), self.rotations(p))
+        with torch.autocast(q.device.type, enabled=False):  # 16 bits are other buckets
+            # The product is not compiled: torch would warn that it is not in TF32.
+            turned = rotated(q.float(), self._drawn(q, p))
+        return fused(nearest, turned, self.rotations(p))
 
     def _drawn(self, q: Tensor, p: Problem) -> Tensor:
         columns = sum(self.rotations(p)) // 2
@@ -168,6 +176,9 @@ class Reformer(Method):
             ValueError: another shape or dtype.
         """
         wanted = (p.batch, p.q_heads, self.n_rounds, p.seq_len)
+        if not isinstance(buckets, Tensor):
+            kind = type(buckets).__name__
+            raise ValueError(f"reformer: buckets are a {kind}; they must be a tensor of integers")
         if buckets.shape != wanted:
             raise ValueError(
                 f"reformer: buckets have shape {list(buckets.shape)}; they must be {list(wanted)}"
@@ -375,7 +386,10 @@ class Reformer(Method):
 
 
 def _of_length_1(x: Tensor) -> Tensor:
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
+    """A token that is 0 stays 0, and its gradient finite: it has no direction."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    square = wide.square().sum(-1, keepdim=True)
+    return (wide * torch.where(square > 0, square, 1).rsqrt()).to(x.dtype)
 
 
 def _of_length_root_d(x: Tensor) -> Tensor:

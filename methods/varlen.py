@@ -145,7 +145,7 @@ def prepared(method: Banded, p: Problem, device: torch.device) -> tuple[Layer, .
 
 def _unused(taken: Sequence[tuple[int, int]], rows: int) -> Tensor:
     """Whether no sequence has a row, bool [rows], from first rows and lengths."""
-    unused = torch.ones(rows, dtype=torch.bool)
+    unused = torch.ones(rows, dtype=torch.bool, device="cpu")
     for start, length in taken:
         unused[start : start + length] = False
     return unused

@@ -1,7 +1,8 @@
 """attend: every method through its executors, and what a compiled cell costs and refuses."""
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,12 +10,29 @@ import torch.nn.functional as F
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
-from methods import METHODS, Problem, attend
+from methods import METHODS, Banded, Problem, attend
 from methods.attend import compiled_copy, plan
 from methods.bigbird import BigBird
-from methods.longformer import Longformer
+from methods.longformer import GlobalTokens, Longformer
 from methods.method import static_parts
 from tests.methods.dense import STATIC
+
+
+@dataclass(frozen=True)
+class Listed(Banded):
+    name: ClassVar[str] = "listed"
+    widths: list
+
+    def bands(self, p):
+        return [[(0, width)] for width in self.widths]
+
+
+@dataclass(frozen=True)
+class Flat(Banded):
+    name: ClassVar[str] = "flat"
+
+    def bands(self, p):
+        return [(0, 5)]
 
 
 def dense(method, q, k, v, causal=True):
@@ -213,7 +231,24 @@ def _double(x):
         ({"method": "longfromer"}, "longfromer"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
         ({"q": torch.zeros(2, 4, 200, 16, dtype=torch.float64)}, "differ in dtype or device"),
-        ({"k": None}, "are Tensor, NoneType, Tensor; they must be tensors"),
+        ({"k": None}, "are Tensor, NoneType, Tensor; they must be 3 (and 3) tensors"),
+        ({"global_qkv": 5}, "are Tensor, Tensor, Tensor, int; they must be 3 (and 3) tensors"),
+        ({"method": "longformer", "global_qkv": [torch.zeros(2, 4, 200, 16)]}, "3 (and 3)"),
+        ({"method": "longformer", "global_tokens": "all"}, "global_tokens is a str; it must be"),
+        ({"method": "longformer", "global_tokens": [None]}, "global_tokens is a list"),
+        ({"backend": ["flex"]}, "backend is ['flex']; it must be one of auto, flex"),
+        ({"method": Listed([1])}, "listed: a field cannot be hashed"),
+        ({"method": Flat()}, "flat gives bands [(0, 5)]; for each head they must be a list"),
+        ({"state": torch.zeros(3)}, "spattention takes no state; a Tensor was given"),
+        ({"method": "longformer", "state": torch.zeros(2, 200)}, "none that globals_state makes"),
+        (
+            {"method": "longformer", "state": GlobalTokens(torch.zeros(2, 100).bool())},
+            "global_tokens is torch.bool [2, 100]; it must be torch.bool [2, 200]",
+        ),
+        (
+            {"method": "longformer", "state": GlobalTokens(torch.zeros(2, 200).bool(), True)},
+            "none that globals_state makes",
+        ),
         ({"k": torch.zeros(2, 4, 100, 16)}, "k [2, 4, 100, 16]"),
         ({"q": torch.zeros(2, 6, 200, 16)}, "q_heads 6 is not a multiple of kv_heads 4"),
         ({"q": torch.zeros(4, 200, 16)}, "attend needs q"),
@@ -227,6 +262,28 @@ def test_bad_input_is_one_line(change, message):
         attend(**arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["spattention", "reformer"])
+@pytest.mark.parametrize("backend", ["flex", "blockwise"])
+def test_autocast_changes_nothing(name, backend):
+    """It would hash in 16 bits, and choose the output's type by the kernel."""
+    if (name, backend) == ("reformer", "flex"):
+        backend = "auto"
+    x, v = torch.randn(2, 1, 2, 512, 64)
+    expected = attend(x, x, v, name, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(x, x, v, name, backend=backend)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_a_model_that_is_compiled_leaves_attention_to_itself():
+    """Without a word; a compiler that took it in would compile it for any length, and fails."""
+    method = METHODS["reformer"].__class__(chunk=32, n_rounds=1)
+    compiled = torch.compile(lambda x, v: 2 * attend(x, x, v, method))
+    for n in (256, 300, 320):
+        x, v = torch.randn(2, 1, 2, n, 64)
+        assert torch.equal(compiled(x, v), 2 * attend(x, x, v, method))
 
 
 def test_no_backward_of_flex_on_a_cpu_is_said():

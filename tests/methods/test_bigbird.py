@@ -213,6 +213,28 @@ def listings(method: BigBird, p: Problem, drawn: list[int], a: int, c: int) -> i
     return (c in (0, last, a - 1, a, a + 1)) + drawn.count(c)
 
 
+def test_given_blocks_are_read_by_the_call_they_are_given_to() -> None:
+    """Which of them count follows from its causality, not from that of the problem they had."""
+    drawn = torch.randint(0, 16, (HEADS, 16, 3), generator=torch.Generator().manual_seed(0))
+    method = BigBird(16)
+    for causal in (True, False):
+        p, masks = problem(256, causal), []
+        for made_for in (p, replace(p, causal=not causal)):
+            masks.append(dense_mask(method, p, method.drawn_blocks(drawn, made_for)))
+        assert torch.equal(*masks)
+        assert not causal or not masks[0].triu(1).any()
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"multiplicity": "no"}, {"last_row_dense": 1}, {"seed": 1 << 64}, {"seed": 1.0}],
+)
+def test_parameters_of_another_type_are_refused(parameters: dict[str, object]) -> None:
+    (name,) = parameters
+    with pytest.raises(ValueError, match=f"bigbird: {name} is "):
+        BigBird(**parameters)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("given", [False, True])
 def test_mask_and_scores_are_the_predicate(causal: bool, given: bool) -> None:

@@ -12,8 +12,13 @@ from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from methods import METHODS, Problem, attend
+from methods.banded import merged_bands
+from methods.bigbird import draw_blocks
 from methods.blockwise import blockwise
 from methods.chunks import Rounds
+from methods.hashing import draw
+from methods.longformer import Longformer
+from methods.mehc import MehcLongformer
 from methods.reformer import Reformer
 from tests.methods.dense import CPU, dense_mask
 
@@ -241,12 +246,25 @@ def test_rows_of_a_ring_count_every_listing(mode: str, causal: bool) -> None:
     assert method.allowed_pairs(p, state) == int(bias[0].isfinite().sum())
 
 
+@pytest.mark.parametrize(("n", "chunk"), [(1024, 16), (2048, 32), (1024, 64), (128, 16)])
+def test_the_buckets_that_transformers_chooses(n: int, chunk: int) -> None:
+    method = Reformer(chunk=chunk, n_rounds=1, seed=5, mode="transformers")
+    p = problem(n, dtype="float32")
+    hidden = torch.randn(BATCH, n, 32, generator=torch.Generator().manual_seed(3))
+    layer = lsh_layer(method, True)
+    _, buckets, x, _ = call_layer(layer, hidden)
+    chosen = layer.num_buckets
+    assert method.rotations(p) == (tuple(chosen) if isinstance(chosen, list) else (chosen,))
+    assert torch.equal(method.hash(x, p), buckets)
+
+
 def test_derived_buckets() -> None:
     """2 N / chunk, a power of two, in two rotations above 128; reformer-pytorch has N / chunk."""
     expected = {128: (2,), 1000: (8,), 8192: (128,), 16384: (16, 16), 65536: (32, 32)}
     for n, sizes in expected.items():
         assert Reformer().rotations(Problem(seq_len=n)) == sizes
     assert Reformer(mode="reformer_pytorch").rotations(Problem(seq_len=8192)) == (64,)
+    assert Reformer(mode="transformers").rotations(Problem(seq_len=16384)) == (256,)
     p = problem(512)
     x, _ = operands(p)
     buckets = Reformer(chunk=16, n_buckets=(2, 6), n_rounds=2).hash(x, p)
@@ -255,6 +273,34 @@ def test_derived_buckets() -> None:
 
 
 # causality
+
+
+def test_a_token_that_is_zero_has_a_finite_gradient() -> None:
+    """Padding, say; it has no direction that its key could be normalised to."""
+    for dtype in (torch.float16, torch.float32):
+        x, v = torch.randn(2, 1, 2, 256, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x[:, :, 100] = 0
+        x.requires_grad_()
+        (grad,) = torch.autograd.grad(attend(x, x, v, Reformer()).sin().sum(), x)
+        others = grad[:, :, :100].abs().max()
+        assert grad.isfinite().all() and grad[:, :, 100].abs().max() < 10 * others
+
+
+def test_draws_do_not_follow_the_default_type_and_device() -> None:
+    p = problem(256, dtype="float32")
+    x, _ = (t.detach().float() for t in operands(p))
+    method, answers = Reformer(chunk=32, seed=91), []
+    for other in (False, True):
+        draw.cache_clear(), draw_blocks.cache_clear(), merged_bands.cache_clear()
+        with torch.device("meta" if other else "cpu"):
+            torch.set_default_dtype(torch.bfloat16 if other else torch.float32)
+            try:
+                hashed, drawn = method.hash(x, p), draw_blocks(4, 16, 3, 91, True)
+                bands = [merged_bands(banded, p) for banded in (MehcLongformer(), Longformer())]
+            finally:
+                torch.set_default_dtype(torch.float32)
+        answers.append([hashed, drawn, *bands])
+    assert all(map(torch.equal, *answers))
 
 
 def test_later_values_move_nothing_earlier_but_later_keys_do() -> None:
@@ -286,7 +332,8 @@ def test_later_values_move_nothing_earlier_but_later_keys_do() -> None:
         ({"n_buckets": 0}, "n_buckets is 0"),
         ({"n_buckets": (4, 3)}, "n_buckets is (4, 3)"),
         ({"n_buckets": ()}, "n_buckets is ()"),
-        ({"n_rounds": 0}, "n_rounds is 0; it must be a whole number, 1 or more"),
+        ({"n_rounds": 0}, "n_rounds is 0; it must be a whole number, 1 to 1024"),
+        ({"n_rounds": 1 << 62}, "1 to 1024"),
         ({"chunk": 0}, "chunk is 0"),
         ({"chunk": 16.0}, "chunk is 16.0"),
         ({"seed": -1}, "seed is -1"),
