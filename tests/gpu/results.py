@@ -35,17 +35,17 @@ WHOLE = f"{CELLS} --seq-len {LENGTHS} --heads 8 16 32 --head-dim 64 128"
 REFERENCES = (
     f"{SWEEP} --methods {PEERS} --causal False --seq-len 4096 16384 --phases fwd_bwd --seconds 3"
 )
-TABLE_2 = "--tokens 32768 --steps 40 --warmup 15 --seq-len 1024 8192 32768"
+STEPS = f"{TRAIN} --tokens 32768 --steps 40 --warmup 15"
+TABLE_2 = f"{STEPS} --seq-len 1024 8192 32768"
+STAND_INS = "mehc_longformer mehc_bigbird mehc_reformer"
+BANDED = "sliding_window local_only spattention spattention_released gapped_bands"
 OLMOE = "--steps 20 --warmup 10"
 SMALL = f"--model olmoe-0.25b-1.75b --tokens 16384 --seq-len 1024 {OLMOE}"
 LARGE = f"--model olmoe-1b-7b --checkpointing {OLMOE}"
-DENSE_STEP = "--methods standard --backends sdpa-cudnn"
+DENSE_STEP = "--methods standard --backends fa4 sdpa-cudnn"
 SPARSE_STEPS = "--no-baseline --methods spattention spattention_released --backends flex"
 # The paper's masks and the stand-ins of its released code, as that calls them and compiled.
-RELEASED = (
-    "--tokens 4096 --methods spattention spattention_released mehc_longformer mehc_bigbird "
-    "mehc_reformer"
-)
+RELEASED = f"--tokens 4096 --methods spattention spattention_released {STAND_INS}"
 TEXT = "docstrings.txt"  # of `make docstrings.txt`
 
 # Kernels of flash-attn-4 are in reach of all of them where it is installed, but for `default` and
@@ -115,13 +115,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "detection": ("-m tests.detection --device cuda",),
     "attend_cost": ("-m tests.gpu.attend_cost",),
     "train_table2": (
-        f"{TRAIN} {TABLE_2} --backends flex",
-        f"{TRAIN} {TABLE_2} --methods standard --backends fa4 sdpa-cudnn",
-        f"{TRAIN} {TABLE_2} --no-baseline --methods spattention gapped_bands --backends varlen",
-        f"{TRAIN} {TABLE_2} --no-baseline --methods spattention_released longformer "
+        f"{TABLE_2} --methods {BANDED} longformer bigbird --backends flex",
+        f"{STEPS} --seq-len 1024 --no-baseline --methods {STAND_INS} --backends flex",
+        f"{TABLE_2} {DENSE_STEP}",
+        f"{TABLE_2} --no-baseline --methods sliding_window local_only --backends fa4",
+        f"{TABLE_2} --no-baseline --methods spattention gapped_bands --backends varlen",
+        f"{TABLE_2} --no-baseline --methods spattention_released longformer {STAND_INS} "
         "--backends flash",
-        f"{TRAIN} {TABLE_2} --no-baseline --methods sliding_window local_only --backends fa4",
-        f"{PAIR} {TABLE_2} --methods spattention --backends varlen fa4",
+        f"{TABLE_2.replace(TRAIN, PAIR)} --methods spattention --backends varlen fa4",
     ),
     "train_olmoe_small": tuple(
         f"{how} {SMALL} {cells}" for how in (TRAIN, PAIR) for cells in (DENSE_STEP, SPARSE_STEPS)
@@ -134,6 +135,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "train_paper": (
         f"{TRAIN} {RELEASED} --no-compiled --backends flex eager",
         f"{TRAIN} {RELEASED} --backends flex",
+        f"{TRAIN} --tokens 4096 --methods standard --backends fa4",
     ),
     "train_text": (f"{TRAIN} --text {TEXT} --steps 300 --tokens 8192 --backends flex",),
 }
