@@ -71,7 +71,7 @@ def draw_mask(place: Axes, grid: np.ndarray, name: str) -> None:
     """One head's pairs, bool [N, N], under its name and their share."""
     size = len(grid)
     place.imshow(
-        _shrunk(grid), cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest",
+        _shrunk(grid), cmap=COLOURS, vmin=0, vmax=1, interpolation="antialiased",
         extent=(0, size, size, 0),
     )  # fmt: skip
     place.set_title(f"{name}: {grid.mean():.1%} of N x N", fontsize=8)

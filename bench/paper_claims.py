@@ -10,44 +10,25 @@ from typing import NamedTuple
 
 from bench import paper
 from bench.complexity import Complexity
-from bench.derived import BASELINE
 from bench.paper_speeds import (
     AS_RELEASED,
     ATTENTION_ALONE,
     BACKEND,
-    EAGER,
     NOT_MEASURED,
-    TABLE_2_MODEL,
     TRAINING,
     Point,
     Throughput,
 )
 from bench.specialisation import RECIPE, Specialised
-from bench.step_attention import trains
 from bench.trained_heads import TrainedHeads
-from methods import METHODS, Problem
+from methods import Problem
 
 SPATTENTION, RELEASED = (reading["SPAttention"] for reading in paper.READINGS.values())
 COMMAND, GPU_COMMAND = "`make paper`", "`make paper`, on a GPU"
-# Every method of Table 2 that a model can be trained with; `standard` always is.
-TRAINED = [
-    method
-    for method in dict.fromkeys(m for reading in paper.READINGS.values() for m in reading.values())
-    if method != BASELINE and not trains(METHODS[method])
-]
-TRAIN = (
-    f"run_bench.py train --model {TABLE_2_MODEL} --methods {' '.join(TRAINED)} --backends "
-    f"{BACKEND} --seq-len {paper.TABLE_2_ATTENTION.seq_len} --tokens 32768 --run train_table2"
-)
-TRAIN_AS_RELEASED = (
-    f"run_bench.py train --model {TABLE_2_MODEL} --methods {SPATTENTION} {RELEASED} --backends "
-    f"{EAGER} {BACKEND} --no-compiled --seq-len {paper.TABLE_2_ATTENTION.seq_len} --tokens 4096 "
-    "--run train_paper"
-)
 # What Table 2 is measured as -> what makes it.
 MADE_BY = {
-    TRAINING: f"`{TRAIN}`, then `make paper`, on a GPU",
-    AS_RELEASED: f"`{TRAIN_AS_RELEASED}`, then `make paper`, on a GPU",
+    TRAINING: "`make results ARGS=train_table2`, then `make paper`, on a GPU",
+    AS_RELEASED: "`make results ARGS=train_paper`, then `make paper`, on a GPU",
     ATTENTION_ALONE: GPU_COMMAND,
 }
 
@@ -129,19 +110,13 @@ def _pair_claims(lines: Iterable[Complexity]) -> Iterator[Claim]:
 
 
 def _speed_claims(results: Results) -> Iterator[Claim]:
-    for clock in dict.fromkeys(point.clock for point in results.micro_benchmark) or ["any"]:
-        found = [p for p in results.micro_benchmark if p.clock == clock]
-        ours = {
-            name: ", ".join(
-                f"{times(p.speedup, p.low, p.high)} on {p.backend}"
-                for p in found
-                if p.method == name
-            )
-            for name in (SPATTENTION, RELEASED)
-        }
+    own = [p for p in results.micro_benchmark if p.backend == BACKEND]
+    for clock in dict.fromkeys(point.clock for point in own) or ["any"]:
+        ours = {p.method: times(p.speedup, p.low, p.high) for p in own if p.clock == clock}
         yield Claim(
-            f"forward + backward over dense, {_shape(paper.MICRO_BENCHMARK)}; {clock} clock",
-            "text", f"about {paper.MICRO_BENCHMARK_SPEEDUP:g} x", _both(ours), GPU_COMMAND,
+            f"forward + backward over dense, {_shape(paper.MICRO_BENCHMARK)} (ours: `{BACKEND}`, "
+            f"{clock} clock)", "text", f"about {paper.MICRO_BENCHMARK_SPEEDUP:g} x", _both(ours),
+            GPU_COMMAND,
         )  # fmt: skip
     for measured, found in shown(results.throughput):
         yield from _table_2_claims(found, measured)

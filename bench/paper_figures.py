@@ -104,30 +104,29 @@ def _outline(place: Axes, panel: Panel) -> None:
 
     It lies at the very edge: some blocks hold no more than a corner.
     """
+    for across, down, colour in frames(panel):
+        place.plot(across, down, color=colour, linewidth=0.9, solid_joinstyle="miter")
+
+
+def frames(panel: Panel) -> Iterator[tuple[tuple[float, ...], tuple[float, ...], str]]:
+    """Of each visited block the keys and the queries of its frame's corners, and its colour."""
     side = len(panel.grid) // len(panel.classes)
     inset = side / 28
     for row, column in zip(*panel.classes.nonzero(), strict=True):
-        _, colour = CLASSES[panel.classes[row, column]]
         left, right = column * side + inset, (column + 1) * side - inset
         top, bottom = row * side + inset, (row + 1) * side - inset
-        place.plot(
-            (left, right, right, left, left), (top, top, bottom, bottom, top), color=colour,
-            linewidth=0.9, solid_joinstyle="miter",
-        )  # fmt: skip
+        corners = (left, right, right, left, left), (top, top, bottom, bottom, top)
+        yield *corners, CLASSES[panel.classes[row, column]][1]
 
 
 def draw_complexity(lines: Iterable[Complexity], stem: Path) -> list[Path]:
     """Work of each head as a share of a dense head's: pairs, and pairs of the visited blocks."""
     shape = (FIGURES.seq_len, FIGURES.q_heads)
     found = {c.method: c for c in lines if (c.seq_len, c.q_heads) == shape and not c.reason}
-    dense = found["standard"]
     figure = Figure((10.5, 4.2), dpi=140, layout="constrained")
     places = figure.subplots(1, 2, sharey=True)
     looks = styles(Cell(name, None, "") for name in found)
-    sides = (("pairs that take part", "allowed"), ("pairs in visited blocks", "computed"))
-    for place, (title, what) in zip(places, sides, strict=True):
-        whole = np.array(getattr(dense, f"{what}_by_head"))
-        shares = {x: np.array(getattr(found[x], f"{what}_by_head")) / whole for x in found}
+    for place, (title, shares) in zip(places, work(found).items(), strict=True):
         for name in in_order(found):
             place.plot(
                 shares[name], label=name, color=looks[name].colour, marker=looks[name].marker,
@@ -139,9 +138,20 @@ def draw_complexity(lines: Iterable[Complexity], stem: Path) -> list[Path]:
     places[0].set_ylim(0, 1.05)
     figure.legend(*places[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8,
                   frameon=False, handlelength=3.5)  # fmt: skip
-    title = f"Work of each head · N {shape[0]} · {shape[1]} heads · blocks {dense.q_block}"
+    size = found["standard"].q_block
+    title = f"Work of each head · N {shape[0]} · {shape[1]} heads · blocks {size}"
     figure.suptitle(title, fontsize=10, x=0.02, ha="left")
     return save(figure, stem)
+
+
+def work(found: Mapping[str, Complexity]) -> dict[str, dict[str, np.ndarray]]:
+    """Title of a panel -> method -> its pairs as shares of a dense head's, head by head."""
+    sides = {"pairs that take part": "allowed", "pairs in visited blocks": "computed"}
+    shares = {}
+    for title, what in sides.items():
+        by_head = {x: np.array(getattr(found[x], f"{what}_by_head")) for x in found}
+        shares[title] = {x: pairs / by_head["standard"] for x, pairs in by_head.items()}
+    return shares
 
 
 def coinciding(shares: Mapping[str, np.ndarray]) -> Iterator[str]:
@@ -156,13 +166,11 @@ def coinciding(shares: Mapping[str, np.ndarray]) -> Iterator[str]:
 
 def draw_specialisation(lines: Iterable[Specialised], stem: Path) -> list[Path]:
     """Entropy of each head: uniform attention as lines, layers of an untrained stack as points."""
-    lines = list(lines)
+    lines = [line for line in lines if (line.seed, line.layer) in SHOWN]
     figure = Figure((8.0, 4.2), dpi=140, layout="constrained")
     place = figure.subplots()
     looks = styles(Cell(line.method, None, "") for line in lines)
     for line in lines:
-        if (line.seed, line.layer) not in SHOWN:
-            continue
         label, kind = SHOWN[line.seed, line.layer]
         look = looks[line.method]
         kind = kind | {"linestyle": look.line if line.layer is None else ""}

@@ -32,16 +32,16 @@ from bench.tables import read_table, write_table
 from bench.trained_heads import after_training
 
 COMMITTED = ROOT / "results" / "h200"
-COMMITTED_NAMES = ("paper_speeds", "train*")
+SPEEDS, TRAININGS = "paper_speeds.csv", "train*.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
     """Make the tables and figures of the SPAttention paper again, theirs beside ours.
 
-    Attention is measured where there is a GPU, and training steps are those of results/train*.csv
-    there; else all speeds are those of the committed rows of an H200. Everything else is counted
-    and drawn on the CPU.
+    Attention is measured where there is a GPU; training steps are those of results/train*.csv.
+    What there is none of comes from the committed rows of an H200. Everything else is counted and
+    drawn on the CPU.
     """
 
     rows: tuple[Path, ...] | None = None
@@ -118,9 +118,10 @@ def _files(request: Paper, base: Path, console: Console) -> tuple[list[Path], in
         return list(request.rows), 0
     if torch.cuda.is_available():
         file, status = _measured(f"{request.run}_speeds", base, console)
-        return [file, *sorted((base / "results").glob("train*.csv"))], status
+        trained = sorted((base / "results").glob(TRAININGS))
+        return [file, *(trained or sorted(COMMITTED.glob(TRAININGS)))], status
     say = "skipped: measuring the micro-benchmark and Table 2 needs a GPU;"
-    found = [x for name in COMMITTED_NAMES for x in sorted(COMMITTED.glob(f"{name}.csv"))]
+    found = [x for name in (SPEEDS, TRAININGS) for x in sorted(COMMITTED.glob(name))]
     shown = ", ".join(map(_shown, found))
     told = f"their figures are those of {shown}" if found else "nor are there older rows"
     console.print(f"{say} {told}", highlight=False)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
 
+from bench.cells import SLOWED
 from bench.compare import verdict
 from bench.derived import BASELINE, Board, Cell, boards, compare, problem_of
 from bench.paper import MICRO_BENCHMARK, READINGS, TABLE_2_ATTENTION
@@ -37,7 +38,8 @@ class Point:
 
     Attributes:
         dense_us: of `standard` on the same backend; speedup is over it, with its 99 % interval.
-        fastest: the fastest dense backend; over_fastest the speed-up over it.
+        fastest: the fastest dense backend; over_fastest the speed-up over it. Both are None where
+            no other backend was timed beside this one.
         ideal_elements, ideal_blocks: bounds of the speed-up, by pairs and by touched blocks.
     """
 
@@ -54,8 +56,8 @@ class Point:
     speedup: float
     low: float | None
     high: float | None
-    fastest: str
-    over_fastest: float
+    fastest: str | None
+    over_fastest: float | None
     ideal_elements: float | None
     ideal_blocks: float | None
 
@@ -101,18 +103,24 @@ class Throughput:
 
 
 def micro_benchmark(rows: Iterable[Row], source: str) -> list[Point]:
-    """A line for each clock, backend and mask of SPAttention that was timed at that shape."""
+    """A line for each clock, backend and mask of SPAttention that was timed at that shape.
+
+    Of several runs the last one's; what says that CUPTI made it too long is no time.
+    """
     runs: dict[tuple, list[Row]] = {}
     for row in rows:
-        if _is_at(row, MICRO_BENCHMARK) and row.batch == MICRO_BENCHMARK.batch:
+        at_point = _is_at(row, MICRO_BENCHMARK) and row.batch == MICRO_BENCHMARK.batch
+        if at_point and SLOWED not in (row.reason or ""):
             runs.setdefault(_run_of(row), []).append(row)
-    return [
-        point
-        for run in runs.values()
+    in_time = sorted(runs.values(), key=lambda run: max(row.time_utc for row in run))
+    points = (
+        _point(board, cell, source)
+        for run in in_time
         for board in boards(run)
         for cell in board.cells
-        if cell.method in POINT_METHODS and (point := _point(board, cell, source))
-    ]
+        if cell.method in POINT_METHODS
+    )
+    return list({(x.clock, x.backend, x.method, x.blocks): x for x in points if x}.values())
 
 
 def _point(board: Board, cell: Cell, source: str) -> Point | None:
@@ -121,7 +129,8 @@ def _point(board: Board, cell: Cell, source: str) -> Point | None:
         return None
     over, under = board.row(dense, phase), board.row(cell, phase)
     interval = _speed(under, over)
-    fastest = board.fastest_dense(phase)
+    alone = {cell.backend for cell in board.dense()} == {cell.backend}
+    fastest = None if alone else board.fastest_dense(phase)
     return Point(
         device=under.device, torch=under.torch, source=source, method=cell.method,
         backend=cell.backend, clock=under.clock, dtype=under.dtype,
@@ -129,8 +138,8 @@ def _point(board: Board, cell: Cell, source: str) -> Point | None:
         speedup=over.median_us / under.median_us,
         low=interval and interval.low,
         high=interval and interval.high,
-        fastest=fastest.backend,
-        over_fastest=board.us(fastest, phase) / under.median_us,
+        fastest=fastest and fastest.backend,
+        over_fastest=fastest and board.us(fastest, phase) / under.median_us,
         ideal_elements=board.ideal_by_elements(cell),
         ideal_blocks=board.ideal_by_blocks(cell),
     )  # fmt: skip

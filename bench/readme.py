@@ -107,7 +107,7 @@ def _measured(pattern: str) -> list[Row]:
 
 
 def _methods() -> str:
-    counted = read_table(RESULTS / "cpu/paper/complexity.csv", Complexity)
+    counted = read_table(RESULTS / "h200/paper/complexity.csv", Complexity)
     size = MICRO_BENCHMARK.seq_len, MICRO_BENCHMARK.q_heads
     empty = {x.method: x.empty_rows for x in counted if (x.seq_len, x.q_heads) == size}
     lines = []

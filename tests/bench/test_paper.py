@@ -5,9 +5,11 @@ import contextlib
 import dataclasses
 import io
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from bench import paper, paper_figures, paper_run
@@ -17,12 +19,12 @@ from bench.paper_page import page
 from bench.paper_run import read_results, write_results
 from bench.paper_speeds import micro_benchmark, throughput
 from bench.record import ROOT, Store, read_rows
-from bench.specialisation import RECIPE, specialisation
+from bench.specialisation import RECIPE, Specialised, specialisation
 from bench.tables import read_table, write_table
-from bench.trained_heads import INITIAL, TRAINED, TrainedHeads
+from bench.trained_heads import INITIAL, TRAINED, TrainedHeads, written
 from methods import METHODS
 from run_bench import main
-from tests.bench.rows import sweep_rows
+from tests.bench.rows import make_row, sweep_rows
 
 TABLES = (paper.TABLE_1, paper.TABLE_2, paper.TABLE_3)
 
@@ -195,10 +197,13 @@ def test_claims_follow_the_tables(results):
     )  # fmt: skip
     point = next(x for x in results.micro_benchmark if x.method == "spattention")
     (speed,) = [c for text, c in found.items() if "(1, 8, 4096, 128)" in text]
-    assert speed.ours == f"{point.speedup:.2f} x on flex (`spattention`)"
-    slower = [dataclasses.replace(point, speedup=1.5, low=1.25, high=1.75)]
-    changed = dataclasses.replace(results, micro_benchmark=slower)
-    assert any(c.ours.startswith("1.50 x (1.25 to 1.75) on flex") for c in claims(changed))
+    assert "ours: `flex`, device clock" in speed.text
+    assert speed.ours == f"{point.speedup:.2f} x (`spattention`)"
+    slower = dataclasses.replace(point, speedup=1.5, low=1.25, high=1.75)
+    other = dataclasses.replace(slower, backend="flash", speedup=7.0)
+    changed = dataclasses.replace(results, micro_benchmark=[slower, other])
+    (speed,) = [c for c in claims(changed) if "(1, 8, 4096, 128)" in c.text]
+    assert speed.ours == "1.50 x (1.25 to 1.75) (`spattention`)"
 
 
 def test_ratios_of_sigma_are_counted(results):
@@ -215,7 +220,7 @@ def test_ratios_of_sigma_are_counted(results):
 def test_a_speed_is_beside_the_command_that_makes_it(results):
     made_by = {c.text: c.command for c in claims(results) if c.text.startswith("tokens/s of")}
     steps, alone = made_by.values()
-    assert "run_bench.py train" in steps and alone == "`make paper`, on a GPU"
+    assert "`make results ARGS=train_table2`" in steps and alone == "`make paper`, on a GPU"
 
 
 def test_page_without_any_speed_says_so(results):
@@ -251,7 +256,7 @@ def test_the_page_has_heads_of_a_trained_model_or_says_that_there_are_none(resul
     line = next(x for x in text.splitlines() if x.startswith("| `spattention` | trained |"))
     assert line == ("| `spattention` | trained | 40.0 % | 1.5000 | 0.2500 | 0.4321 | 0.0000 | - |")
     bare = page(dataclasses.replace(results, trained_heads=[]))
-    assert "Not measured here: no rows of `run_bench.py train --text" in bare
+    assert "Not measured here: no rows of `make results ARGS=train_text`" in bare
     assert "words@12" not in bare
 
 
@@ -279,6 +284,44 @@ def test_the_page_says_how_tokens_were_measured(results):
     )
     assert "on 1 x Chip X; 1024 tokens a call" in alone
     assert "no measure of the paper's" in by_step and "no measure" not in alone
+
+
+def test_frames_lie_round_the_blocks_that_are_visited():
+    """Keys run across and queries down."""
+    panel = paper_figures.figure_1("spattention")[1]
+    drawn = list(paper_figures.frames(panel))
+    assert len(drawn) == np.count_nonzero(panel.classes) > 0
+    for across, down, colour in drawn:
+        (left, right), (top, bottom) = ((int(min(x)), int(max(x)) + 1) for x in (across, down))
+        assert (left % 128, top % 128) == (4, 4) and bottom - top == right - left == 120
+        whole = panel.grid[top - 4 : bottom + 4, left - 4 : right + 4]
+        assert whole.any() and (colour == paper_figures.CLASSES[1][1]) == (not whole.all())
+
+
+def test_work_is_that_of_each_head_by_pairs_and_by_blocks(results):
+    found = {line.method: line for line in results.complexity if not line.reason}
+    pairs, blocks = paper_figures.work(found).values()
+    own = pairs["spattention"]
+    assert len(own) == 8 and (np.diff(own) < 0).all()  # a head whose band is farther has less
+    assert own.sum() == pytest.approx(1) and (pairs["standard"] == 1).all()
+    assert own[0] == pytest.approx(128 * (2 * 1024 - 127) / (1024 * 1025))
+    assert (blocks["spattention"] > own).all()
+
+
+def test_the_drawn_heads_are_in_order(results, tmp_path, monkeypatch):
+    """What reaches the picture of specialisation: head by head, and no layer but those named."""
+    drawn, plot = [], Axes.plot
+
+    def noted(place, y, **look):
+        drawn.append((look["label"], y))
+        return plot(place, y, **look)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    paper_figures.draw_specialisation(results.specialisation, tmp_path / "x")
+    assert len(drawn) == 9
+    for line in results.specialisation:
+        label = f"{line.method}: {paper_figures.SHOWN[line.seed, line.layer][0]}"
+        assert (label, line.by_head) in drawn
 
 
 def test_curves_that_hide_each_other_are_named():
@@ -371,6 +414,39 @@ def test_with_a_gpu_both_shapes_are_measured(quick, tmp_path, monkeypatch, statu
     assert {x.source for x in results.throughput} == {"paper_speeds.csv"}
 
 
+def test_training_steps_are_those_of_this_machine_or_committed_ones(quick, tmp_path, monkeypatch):
+    """And what their heads were like; with and without a GPU."""
+    committed, own = tmp_path / "committed", tmp_path / "own"
+    step = {"seq_len": 1024, "phase": "step", "clock": "host", "model": "table2",
+            "world_size": 1, "batch": 4, "data": "words@12", "recipe": "steps=3"}  # fmt: skip
+    kept = written([Specialised(**{f.name: getattr(line, f.name) for f in fields(Specialised)})
+                    for line in trained_heads()])  # fmt: skip
+    for folder, name in ((committed, "train_old.csv"), (own / "results", "train_new.csv")):
+        folder.mkdir(parents=True)
+        with Store(folder / name) as store:
+            store.append([make_row(method=m, median_us=9.0, heads=kept, **step)
+                          for m in ("standard", "spattention")])  # fmt: skip
+    monkeypatch.setattr(paper_run, "COMMITTED", committed)
+    monkeypatch.setattr(paper_run, "sweep", lambda request, console: 0)
+    monkeypatch.setattr(paper_run, "draw", lambda results, folder: None)
+    for gpu, folder, source in (
+        (False, own, "train_old.csv"), (True, own, "train_new.csv"),
+        (True, tmp_path / "bare", "train_old.csv"),
+    ):  # fmt: skip
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(paper_run, "_measured", lambda run, base, _: (speeds(base), 0))
+        assert main(["paper", "--output", str(folder)]) == 0
+        found = read_results(folder / "results" / "paper")
+        assert {x.source for x in (*found.throughput, *found.trained_heads)} == {source}
+
+
+def speeds(base):
+    path = base / "results" / "paper_speeds.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Store(path):
+        return path
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
@@ -386,15 +462,13 @@ def test_wrong_requests_are_one_line(quick, tmp_path, capsys, arguments, complai
     assert complaint in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("machine", ["cpu", "h200"])
-def test_the_committed_page_is_that_of_the_committed_tables(machine):
-    written = (ROOT / "plots" / machine / "paper" / "README.md").read_text()
-    assert written == page(read_results(ROOT / "results" / machine / "paper"))
+def test_the_committed_page_is_that_of_the_committed_tables():
+    written = (ROOT / "plots" / "h200" / "paper" / "README.md").read_text()
+    assert written == page(read_results(ROOT / "results" / "h200" / "paper"))
 
 
-@pytest.mark.parametrize("machine", ["cpu", "h200"])
-def test_the_committed_tables_are_those_of_the_committed_rows(machine):
-    results = read_results(ROOT / "results" / machine / "paper")
+def test_the_committed_tables_are_those_of_the_committed_rows():
+    results = read_results(ROOT / "results" / "h200" / "paper")
     sources = dict.fromkeys(x.source for x in (*results.micro_benchmark, *results.throughput))
     read = [(read_rows(ROOT / source), source) for source in sources]
     speeds = [throughput(*file) for file in read]

@@ -2,14 +2,16 @@
 
 import dataclasses
 import random
+import re
 
 import pytest
 
-from bench.paper_claims import MADE_BY, TRAIN, TRAIN_AS_RELEASED, order, shown, times
+from bench.cells import SLOWED
+from bench.paper_claims import MADE_BY, order, shown, times
+from bench.paper_page import TRAIN_ON_A_TEXT
 from bench.paper_speeds import micro_benchmark, throughput
-from bench.train import Train
-from run_bench import _parse
 from tests.bench.rows import make_row, sweep_rows
+from tests.gpu.results import COMMANDS
 
 
 def test_micro_benchmark_has_every_clock_and_backend():
@@ -180,15 +182,30 @@ def test_of_runs_in_one_file_the_fuller_counts():
     assert lines["Standard"].tokens_per_s == 1024 / 100e-6
 
 
-def test_the_command_behind_training_steps_is_one_that_runs():
-    command = _parse(TRAIN.split()[1:])
-    assert isinstance(command, Train) and f"`{TRAIN}`" in MADE_BY["a training step"]
-    assert set(command.methods) == {
-        "spattention", "spattention_released", "longformer", "bigbird", "mehc_longformer",
-        "mehc_bigbird", "mehc_reformer",
-    }  # fmt: skip
-    assert (command.seq_len, command.tokens, command.backends) == ((1024,), 32768, ("flex",))
-    assert command.run.startswith("train")  # `paper` looks for such files
+def test_the_commands_behind_training_steps_make_files_that_are_looked_for():
+    for told in (*MADE_BY.values(), TRAIN_ON_A_TEXT):
+        for name in re.findall(r"ARGS=(\w+)", told):
+            assert name in COMMANDS and name.startswith("train")
+    assert sum("ARGS=" in told for told in MADE_BY.values()) == 2
+
+
+def test_of_several_runs_the_last_is_shown_and_no_time_that_cupti_made_too_long():
+    def points(us, **changes):
+        shape = {"time_utc": "2026-01-01T00:00:00Z"} | changes
+        return [make_row(method="standard", median_us=us, **shape), make_row(median_us=9, **shape)]
+
+    early, late = points(36), points(18, time_utc="2026-01-02T00:00:00Z", code="1" * 12)
+    for rows in ([*early, *late], [*late, *early]):
+        assert [x.speedup for x in micro_benchmark(rows, "x.csv")] == [2.0]
+    eager = {"backend": "eager", "clock": "kernels", "reason": f"no graph: it waits; {SLOWED}"}
+    assert [x.backend for x in micro_benchmark([*early, *points(9, **eager)], "x.csv")] == ["flex"]
+
+
+def test_what_was_timed_beside_no_other_backend_is_over_no_fastest():
+    (alone,) = micro_benchmark(
+        [make_row(method="standard", median_us=36), make_row(median_us=9)], "x.csv"
+    )
+    assert (alone.fastest, alone.over_fastest, alone.speedup) == (None, None, 4.0)
 
 
 def test_steps_as_the_released_code_attends_are_a_table_of_their_own():
@@ -209,9 +226,6 @@ def test_steps_as_the_released_code_attends_are_a_table_of_their_own():
     assert own == {"standard": 1.0, "spattention_released": pytest.approx(1 / 3)}
     assert {x.backend for x in lines} == {"eager"} and len(lines) == 10
     assert {x.ratio for x in found["a training step"] if x.name == "SPAttention"} >= {1.25}
-    command = _parse(TRAIN_AS_RELEASED.split()[1:])
-    assert isinstance(command, Train) and not command.compiled
-    assert command.backends == ("eager", "flex") and command.run.startswith("train")
 
 
 def test_a_ratio_is_written_with_its_interval():
