@@ -1,10 +1,10 @@
-"""The README's figures, from the committed CSVs: python -m bench.readme."""
+"""Figures of the README and of plots/README.md, from committed CSVs: python -m bench.readme."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import report
@@ -23,19 +23,20 @@ from bench.readme_speeds import (
     stand_ins,
     targets,
 )  # fmt: skip
-from bench.readme_training import training
+from bench.readme_training import training, training_summary
 from bench.record import CLOCKS, ROOT, STEP, Row, read_rows
 from bench.tables import markdown, read_table
 from methods import METHODS
 
 README = ROOT / "README.md"
+PAGES = README, ROOT / "plots" / "README.md"  # what a newcomer reads, and results in detail
 RESULTS = ROOT / "results"
 PLOTS = ROOT / "plots" / "h200"
 NOTED = "reference, `flex`: times as fast"
 
 
 def sections() -> dict[str, Callable[[], str]]:
-    """What stands between each pair of marks of the README, by the results that there are."""
+    """What stands between each pair of marks of the pages, by the results that there are."""
     found = {
         "gpu": lambda: headline_markdown(
             _with_rivals(_rows("h200/lengths"), _rows("h200/backends")),
@@ -69,14 +70,23 @@ def sections() -> dict[str, Callable[[], str]]:
     trained = _measured("h200/train*")
     if any(row.phase == STEP for row in trained):
         found["train"] = lambda: training(trained, RESULTS / "h200", PLOTS)
+        found["train-summary"] = lambda: training_summary(trained)
     return found
 
 
-def render(text: str) -> str:
-    """The README's text with every marked section made anew."""
+def rendered(pages: Sequence[Path]) -> dict[Path, str]:
+    """The text of every page with its marked sections made anew.
+
+    Raises:
+        ValueError: a section stands on no page, or on several.
+    """
+    texts = {path: path.read_text() for path in pages}
     for name, body in sections().items():
-        text = update_marked(text, name, body())
-    return text
+        own = [path for path, text in texts.items() if f"<!-- begin {name} -->" in text]
+        if len(own) != 1:
+            raise ValueError(f"section {name!r} is marked on {len(own)} pages; it must be on one")
+        texts[own[0]] = update_marked(texts[own[0]], name, body())
+    return texts
 
 
 def _rows(name: str) -> list[Row]:
@@ -226,8 +236,9 @@ def update_marked(text: str, name: str, body: str) -> str:
     return f"{before}{begin}\n{body.strip()}\n{end}{after}"
 
 
-def main(path: Path = README) -> None:
-    path.write_text(render(path.read_text()))
+def main(pages: Sequence[Path] = PAGES) -> None:
+    for path, text in rendered(pages).items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -158,12 +158,9 @@ def _cost_proofs(results: Path) -> Iterator[Proof]:
 
 
 def block_list_proofs(results: Path) -> Iterator[Proof]:
-    """Against torch's where it has any, else what they take."""
-    lists = {
-        (row.seq_len, row.method): row
-        for row in read_rows(results / "h200/block_lists.csv")
-        if row.status == "ok"
-    }
+    """Against torch's where it has any, else what they take; and what was computed by them."""
+    rows = [row for row in read_rows(results / "h200/block_lists.csv") if row.status == "ok"]
+    lists = {(row.seq_len, row.method): row for row in rows if row.phase == "layout"}
     for n in sorted({n for n, method in lists if method == "spattention"}):
         ours, torchs = lists[n, "spattention"], lists.get((n, "spattention_gridless"))
         if torchs is None:
@@ -178,6 +175,15 @@ def block_list_proofs(results: Path) -> Iterator[Proof]:
             ),
             "`--phases layout`, `tests/gpu/gridless.py`",
         )
+    for row in rows:
+        if (row.phase, row.clock) == ("fwd_bwd", "device"):
+            yield (
+                f"`{row.method}` forward + backward at N = {row.seq_len}, {row.q_heads} heads, "
+                f"head dim {row.head_dim}, on `{row.backend}`",
+                f"{row.median_us / 1e6:.2f} s, {row.error_budget:.2f} of its error budget, "
+                f"{row.peak_bytes / 2**30:.1f} GiB at the peak",
+                "`make results ARGS=block_lists`",
+            )
 
 
 def matrix_proofs(results: Path) -> Iterator[Proof]:

@@ -56,6 +56,34 @@ def training(rows: Sequence[Row], results: Path, plots: Path) -> str:
     return "\n\n".join(parts)
 
 
+def training_summary(rows: Sequence[Row]) -> str:
+    """Steps of the paper's model on one GPU: each method on its fastest backend, by N."""
+    found = [
+        x
+        for x in latest(trainings(rows))
+        if (x.head.model, x.head.data, x.head.world_size) == (TABLE_2_MODEL, "random", 1)
+    ]
+    methods = in_order(cell.method for x in found for cell in x.cells)
+    methods.sort(key=lambda name: name == IDENTITY.name)
+    lines = [(f"`{name}`", *(_fastest_step(x, name) for x in found)) for name in methods]
+    heads = ("method", *(f"N = {x.head.seq_len}" for x in found))
+    caption = (
+        f"Tokens/s of training steps, each method on its fastest backend; in brackets over "
+        f"`{BASELINE}` on its own. `{IDENTITY.name}` is q + k + v in place of attention: no "
+        f"method gets above it. {_titles(found)}."
+    )
+    return "\n".join([*markdown(heads, lines, numbers=range(1, len(heads))), "", caption])
+
+
+def _fastest_step(found: Training, method: str) -> str:
+    timed = [cell for cell in found.cells if cell.method == method and found.us(cell)]
+    if not timed:
+        return NOTHING
+    best = min(timed, key=found.us)
+    where = "" if method == IDENTITY.name else f", {best.backend}"
+    return f"{_rate(found, best, memory=False)}{where}"
+
+
 def latest(found: Sequence[Training]) -> list[Training]:
     """Of trainings that differ in their recipe alone, the one measured last; by N and so on."""
     by_time = sorted(found, key=lambda x: x.measured)
@@ -229,16 +257,19 @@ def _verdict(value: Value, aim: float) -> str:
 
 def paper_setting(found: Sequence[Training]) -> Iterator[str]:
     """The paper's Table 2: attention not compiled, as released, and compiled, beside its rates."""
-    here = [x for x in found if x.head.seq_len == paper.TABLE_2_ATTENTION.seq_len]
-    as_released = {_shape(x.head) for x in here if x.head.model == UNCOMPILED_MODEL}
+    at = 1, paper.TABLE_2_ATTENTION.seq_len
+    here = [x for x in found if (x.head.world_size, x.head.seq_len) == at]
+    as_released = [x for x in here if x.head.model == UNCOMPILED_MODEL]
+    compiled = [x for x in here if x.head.model == TABLE_2_MODEL]
+    shapes = {_shape(x.head) for x in as_released}  # of so many tokens where there are any
+    compiled = [x for x in compiled if _shape(x.head) in shapes] or compiled[-1:]
     columns = [
         (f"`{backend}`{note}", x, backend)
-        for model, backends, note in (
-            (UNCOMPILED_MODEL, (EAGER, "flex"), ""),
-            (TABLE_2_MODEL, ("flex",), ", the model compiled"),
+        for chosen, backends, note in (
+            (as_released, (EAGER, "flex"), ""),
+            (compiled, ("flex",), ", the model compiled"),
         )
-        for x in here
-        if x.head.model == model and x.head.world_size == 1 and _shape(x.head) in as_released
+        for x in chosen
         for backend in backends
         if any(cell.backend == backend for cell in x.cells)
     ]
@@ -331,6 +362,5 @@ def _sources(data: str, results: Path) -> str:
 def pictures(found: Sequence[Training], kind: str, alt: str, plots: Path) -> list[str]:
     """The pictures of one kind that runs have drawn."""
     places = dict.fromkeys(f"{x.head.run}/{figure_name(kind, x.head)}.png" for x in found)
-    root = plots.parent.parent
-    return [f"![{alt}]({(plots / place).relative_to(root)})"
+    return [f"![{alt}]({(plots / place).relative_to(plots.parent)})"
             for place in places if (plots / place).exists()]  # fmt: skip

@@ -3,30 +3,37 @@
 import re
 from dataclasses import replace
 
+import pytest
 import torch
 
 from bench.cells import Cell, Group
 from bench.measure import Clockwork, Machine, measure_group
-from bench.readme import README, render, sections
+from bench.readme import PAGES, README, rendered, sections
 from bench.record import ROOT, environment
 from bench.specs import parse_method
 from methods import Problem
 
 
 def test_every_figure_is_that_of_a_committed_csv():
-    text = README.read_text()
-    assert render(text) == text
-    assert set(re.findall(r"<!-- begin (.*?) -->", text)) == set(sections())
+    texts = {path: path.read_text() for path in PAGES}
+    assert rendered(PAGES) == texts
+    marks = [x for text in texts.values() for x in re.findall(r"<!-- begin (.*?) -->", text)]
+    assert sorted(marks) == sorted(sections())
 
 
-def test_every_picture_and_file_that_it_names_exists():
-    text = README.read_text()
-    named = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) + re.findall(
-        r"`((?:bench|methods)/\w+\.py)`", text
-    )
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_picture_file_and_heading_that_a_page_names_exists(page):
+    text = page.read_text()
+    named = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    own = re.findall(r"`((?:bench|methods|tests)/[\w/]+\.py)`", text)
     assert len(named) >= 2
-    for name in named:
-        assert (ROOT / name).is_file(), name
+    for place in [page.parent / name for name in named] + [ROOT / name for name in own]:
+        assert place.is_file(), place
+    for name, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+        other = (page.parent / name if name else page).read_text()
+        titles = [re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-")
+                  for x in re.findall(r"^#+ (.*)$", other, re.MULTILINE)]  # fmt: skip
+        assert heading in titles, heading
 
 
 def example(number, tmp_path):

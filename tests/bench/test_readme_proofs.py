@@ -114,11 +114,16 @@ def test_block_lists_are_held_against_those_of_torch_where_it_has_any(folder):
             lists(1 << 20, "standard", 900, 2), lists(1 << 20, "spattention", 112.34, 1.25),
             lists(1 << 20, "spattention_gridless", None, None, status="oom"),
             lists(32768, "spattention", 2, 0.25), lists(32768, "spattention_gridless", 124, 80),
+            lists(1 << 20, "spattention", 1456.1, 9, phase="fwd_bwd", clock="device",
+                  error_budget=0.47, head_dim=64),
         ])  # fmt: skip
     assert list(block_list_proofs(folder)) == [
         ("block lists against `create_block_mask`, N = 32768", "62 x faster, 320 x less memory",
          "`--phases layout`, `tests/gpu/gridless.py`"),
         ("block lists at N = 1048576", "112.3 ms, 1.25 GiB at the peak", "`--phases layout`"),
+        ("`spattention` forward + backward at N = 1048576, 8 heads, head dim 64, on `flex`",
+         "1.46 s, 0.47 of its error budget, 9.0 GiB at the peak",
+         "`make results ARGS=block_lists`"),
     ]  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_a_section_is_there_once_its_results_are(results, tmp_path):
-    waiting = {"references", "train"}
+    waiting = {"references", "train", "train-summary"}
     (tmp_path / "h200" / "references.time.csv").write_text("time_utc,spent_on,seconds\n")
     results("train_other", make_row())
     assert not waiting & set(sections())
@@ -162,14 +162,22 @@ def test_a_section_is_there_once_its_results_are(results, tmp_path):
     assert "| `spattention` | flex | 81.9 M (2.00x) |" in bodies["train"]
 
 
-def test_a_readme_without_the_marks_of_results_that_are_there_is_refused(results, monkeypatch):
+def test_a_section_stands_on_one_page(results, monkeypatch, tmp_path):
     results("train", step())
     made = {"train": sections()["train"]}
     monkeypatch.setattr(readme, "sections", lambda: made)
+    pages = [tmp_path / name for name in ("a.md", "b.md")]
     text = "<!-- begin train -->\nold\n<!-- end train -->"
-    assert "| `standard` | flex | 41.0 M (1.00x) |" in readme.render(text)
-    with pytest.raises(ValueError, match="begin train"):
-        readme.render("no marks")
+    for path, content in zip(pages, ("no marks", text), strict=True):
+        path.write_text(content)
+    readme.main(pages)
+    assert pages[0].read_text() == "no marks"
+    assert "| `standard` | flex | 41.0 M (1.00x) |" in pages[1].read_text()
+    for content in ("no marks", text):
+        pages[0].write_text(content)
+        pages[1].write_text(content)
+        with pytest.raises(ValueError, match=r"'train' is marked on [02] pages"):
+            readme.main(pages)
 
 
 def test_kills_on_a_gpu_are_counted_beside_those_on_a_cpu(tmp_path):

@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 
 from bench.docstrings import Source
-from bench.readme_training import PROTOTYPE, aims, latest, model_table, training
+from bench.readme_training import (
+    PROTOTYPE,
+    aims,
+    latest,
+    model_table,
+    training,
+    training_summary,
+)
 from bench.tables import write_table
 from bench.train_figures import draw_training
 from bench.trainings import trainings
@@ -113,8 +120,8 @@ def test_pictures_stand_there_once_they_are_drawn(tmp_path):
     rows = [step(**size) for size in ({}, LONG)]
     draw_training(rows, tmp_path / "plots" / "h200" / "test")
     (link,) = re.findall(r"!\[.*\]\((.*)\)", page(rows, tmp_path))
-    assert link == "plots/h200/test/training_speedup_table2_1_4096.png"
-    assert (tmp_path / link).exists()
+    assert link == "h200/test/training_speedup_table2_1_4096.png"
+    assert (tmp_path / "plots" / link).exists()
 
 
 def test_the_papers_setting_is_beside_its_rates(tmp_path):
@@ -139,6 +146,27 @@ def test_the_papers_setting_is_beside_its_rates(tmp_path):
     }
     assert "table2 uncompiled" in text.splitlines()[-1]
     assert "paper" not in page([step()], tmp_path)
+    alone = [step(backend="eager", us=400.0, **released), step(us=70.0, batch=32)]
+    _, text = page(alone, tmp_path).split("#### The paper's setting")
+    assert lines(text)["`standard`", "10.2 M (1.00x)"]["`flex`, the model compiled"].startswith(
+        "468 M"
+    )
+
+
+def test_a_summary_has_each_method_on_its_fastest_backend(tmp_path):
+    rows = [
+        step(us=100.0), step(backend="fa4", us=80.0), step("spattention", us=64.0),
+        step("spattention", "varlen", us=40.0), step("identity", "identity", us=32.0),
+        step(us=300.0, **LONG), step("spattention", us=1.0, world_size=2),
+        step("spattention", us=1.0, data="book.txt@0"),
+    ]  # fmt: skip
+    table, caption = training_summary(rows).split("\n\n")
+    assert table.splitlines()[2:] == [
+        "| `standard` | 51.2 M (1.00x), fa4 | 13.7 M (1.00x), flex |",
+        "| `spattention` | 102 M (2.00x), varlen | - |",
+        "| `identity` | 128 M (2.50x) | - |",
+    ]
+    assert "2 processes" not in caption
 
 
 def test_what_was_aimed_at_is_said_with_what_was_reached():
@@ -233,4 +261,5 @@ def test_losses_on_a_text_are_judged_and_its_words_have_owners(tmp_path):
     assert page(rows, tmp_path).endswith("docstrings of torch 9 (BSD-3), numpy 9 (BSD-3).")
     draw_training(rows, tmp_path / "plots" / "h200" / "test")
     (link,) = re.findall(r"!\[.*\]\((.*)\)", page(rows, tmp_path))
-    assert (tmp_path / link).exists() and "training_loss_table2_1_4096_docstrings_1024" in link
+    assert (tmp_path / "plots" / link).exists()
+    assert "training_loss_table2_1_4096_docstrings_1024" in link

@@ -44,8 +44,6 @@ SMALL = f"--model olmoe-0.25b-1.75b --tokens 16384 --seq-len 1024 {OLMOE}"
 LARGE = f"--model olmoe-1b-7b --checkpointing {OLMOE}"
 DENSE_STEP = "--methods standard --backends fa4 sdpa-cudnn"
 SPARSE_STEPS = "--no-baseline --methods spattention spattention_released --backends flex"
-# The paper's masks and the stand-ins of its released code, as that calls them and compiled.
-RELEASED = f"--tokens 4096 --methods spattention spattention_released {STAND_INS}"
 TEXT = "docstrings.txt"  # of `make docstrings.txt`
 
 # Kernels of flash-attn-4 are in reach of all of them where it is installed, but for `default` and
@@ -133,9 +131,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         for cells in (DENSE_STEP, SPARSE_STEPS)
     ),
     "train_paper": (
-        f"{TRAIN} {RELEASED} --no-compiled --backends flex eager",
-        f"{TRAIN} {RELEASED} --backends flex",
-        f"{TRAIN} --tokens 4096 --methods standard --backends fa4",
+        f"{TRAIN} --tokens 4096 --methods spattention spattention_released {STAND_INS} "
+        "--no-compiled --backends flex eager",
     ),
     "train_text": (f"{TRAIN} --text {TEXT} --steps 300 --tokens 8192 --backends flex",),
 }
