@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "sweep")
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    command = None
     try:
         command = _parse(arguments)
         match command:
@@ -118,8 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {f'{named}: {error.strerror}' if named else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        told = "interrupted; what was finished is in the CSV, and --run NAME --resume goes on"
-        print(told, file=sys.stderr)
+        resumes = isinstance(command, Sweep | Train)
+        told = "; what was finished is in the CSV, and --run NAME --resume goes on"
+        print(f"interrupted{told if resumes else ''}", file=sys.stderr)
         return 128 + (interruption.args or (signal.SIGINT,))[0]
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.chip import SHARED_CORES
-from bench.derived import BASELINE, Board, Cell, Gain, boards, problem_of
+from bench.derived import BASELINE, Board, Cell, Gain, boards, compare, problem_of
 from bench.record import Row
 
 PHASE_NAMES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
@@ -27,8 +27,9 @@ LEGEND = (
     "fwd+bwd was not measured for both. Ideal: pairs of `standard` over pairs of the method, by "
     "elements and by blocks that a kernel visits. Efficiency: x same backend over ideal by blocks "
     "(by elements on a backend without block lists). TFLOP/s: 4 D flops an allowed pair forward, "
-    "14 D fwd+bwd. % of matmul: of the rate that a large matrix product reaches on the same chip."
+    "14 D fwd+bwd."
 )
+OF_MATMUL = " % of matmul: of the rate that a large matrix product reaches on the same chip."
 
 
 def print_report(rows: Sequence[Row], console: Console) -> None:
@@ -47,7 +48,10 @@ def tables(rows: Sequence[Row]) -> list[RenderableType]:
         BoardTable(board, board.head.clock != "host" or problem_of(board.head) not in on_device)
         for board in boards(rows)
     ]
-    return [*found, Text(LEGEND, style="dim")] if found else [Text("No measurement to show.")]
+    if not found:
+        return [Text("No measurement to show.")]
+    legend = LEGEND + (OF_MATMUL if any(row.matmul_tflop_s for row in rows) else "")
+    return [*found, Text(legend, style="dim")]
 
 
 @dataclass(frozen=True)
@@ -234,9 +238,9 @@ def _fastest(board: Board) -> Iterator[Text]:
         same = [x for x in timed[phase] if x._replace(backend=cell.backend) == cell]
         if len(same) > 1 and min(same, key=lambda x: board.us(x, phase)) == cell:
             chosen.setdefault(cell.backend, []).append(label)
-    if chosen:
-        told = "; ".join(f"on {backend} {', '.join(names)}" for backend, names in chosen.items())
-        yield Text(f"fastest, {PHASE_NAMES[phase]}: {told}")
+    if any(name != BASELINE for names in chosen.values() for name in names):
+        told = "; ".join(f"{', '.join(names)} on {backend}" for backend, names in chosen.items())
+        yield Text(f"fastest {PHASE_NAMES[phase]}: {told}")
 
 
 def _reasons(board: Board) -> Iterator[Text]:
@@ -262,7 +266,7 @@ def _too_good(board: Board) -> Iterator[Text]:
     for cell, label in zip(board.cells, labels(board.cells), strict=True):
         for phase in ("fwd", "fwd_bwd"):
             efficiency = board.efficiency(cell, phase)
-            if efficiency and round(efficiency.value, 2) > 1:
+            if efficiency and _surely_above_1(board, cell, efficiency):
                 found[cell.backend].append(
                     f"{label} {efficiency.value:.2f} ({PHASE_NAMES[phase]})"
                 )
@@ -279,6 +283,18 @@ def _too_good(board: Board) -> Iterator[Text]:
             f"{remedy}; or its samples were disturbed: measure again on an idle machine.",
             style="yellow",
         )
+
+
+def _surely_above_1(board: Board, cell: Cell, efficiency: Gain) -> bool:
+    """Whether the whole interval is, where there are samples to have one."""
+    if round(efficiency.value, 2) <= 1:
+        return False
+    dense = board.dense(cell.backend)[0]
+    rows = [board.row(x, efficiency.phase) for x in (dense, cell)]
+    if not all(row.samples for row in rows):
+        return True
+    speed = compare(*rows)
+    return efficiency.value * (speed.low or speed.ratio) / speed.ratio > 1
 
 
 def _disturbed(board: Board) -> Iterator[Text]:

@@ -121,6 +121,8 @@ def _cell_key(row: Row) -> tuple:
 
 def _compile(todo: list[Group], memory: Memory, time_limit: float, bar: Progress) -> Ahead:
     count = sum(1 for _ in compile_jobs(todo))
+    if count == 0:
+        return {}
     task = bar.add_task("compiling ahead", total=count)
     known = compile_ahead(todo, memory, time_limit, lambda: bar.advance(task))
     if missing := count - len(known):

@@ -32,14 +32,18 @@ TABLE = {
     "x same backend": "right", "% of matmul": "right", "attention": "right", "memory": "right",
     "loss": "right", "scaling": "right",
 }  # fmt: skip
-LEGEND = (
-    "± the farther end of the 99 % interval. x: speed-up of the step over `standard` on its "
-    "fastest backend, and on the same one. Amdahl: what the speed-up of the attention call by "
-    "itself allows; zero cost: what attention that costs nothing would give. % of matmul: of the "
-    "rate of a large matrix product on this chip. attention: its kernels' share of the step, by "
-    "their names, so that what varlen copies to pack its sequences counts as the rest. "
-    "loss: of the last timed step. scaling: tokens/s over those of one process times processes."
-)
+# Of the columns that are shown.
+LEGEND = {
+    "±": "the farther end of the 99 % interval",
+    "x fastest dense": "speed-up of the step over `standard` on its fastest backend",
+    "Amdahl": "what the speed-up of the attention call by itself allows",
+    "zero cost": "what attention that costs nothing would give",
+    "% of matmul": "the model's FLOPs over what a large matrix product reaches on this chip",
+    "attention": "its kernels' share of the step, by their names, so that what varlen copies to "
+    "pack its sequences counts as the rest",
+    "loss": "of the last timed step",
+    "scaling": "tokens/s over those of one process times processes",
+}
 
 
 def one_line(row: Row) -> str:
@@ -47,21 +51,23 @@ def one_line(row: Row) -> str:
     rate = tokens_per_s(row)
     if rate is None:
         return f"{row.status}: {row.reason}"
-    return f"{rate.y:,.0f} tokens/s, {row.median_us / 1000:.4g} ms a step, loss {_loss(row)}"
+    return f"{rate.y:,.0f} tokens/s, {_duration(row.median_us)} a step, loss {_loss(row)}"
 
 
 def print_training(rows: Sequence[Row], console: Console) -> None:
     """A table for each model and length."""
-    found = trainings(rows)
+    found, shown = trainings(rows), set()
     for training in found:
-        console.print(_table(training, rows))
+        table = _table(training, rows)
+        shown |= {column.header for column in table.columns}
+        console.print(table)
         for cell in training.cells:
             for words in remarks(training.rows[cell]):
                 console.print(f"{cell.label}, {cell.backend}: {words}")
         _print_missing(training, console)
         _print_warnings(training, console)
-    if found:
-        console.print(LEGEND, style="dim")
+    if told := [f"{name}: {text}" for name, text in LEGEND.items() if name in shown]:
+        console.print(f"{'. '.join(told)}.", style="dim", highlight=False)
 
 
 def remarks(row: Row) -> Iterator[str]:
@@ -140,7 +146,7 @@ def _line(training: Training, cell: Cell, rows: Sequence[Row]) -> list[str]:
     bound = training.amdahl(cell) if real else None
     return [
         cell.label, cell.backend, f"{rate.y:,.0f}", f"{_half_width(rate):.1%}",
-        f"{row.median_us / 1000:.4g} ms",
+        _duration(row.median_us),
         _number(training.speedup(cell) and training.speedup(cell).y),
         _number(bound and bound.y),
         _number(training.zero_cost() if real else None),
@@ -149,6 +155,10 @@ def _line(training: Training, cell: Cell, rows: Sequence[Row]) -> list[str]:
         _number(row.peak_bytes and row.peak_bytes / 2**30, ".1f", " GiB"),
         _loss(row), _number(scaling(row, rows), ".1%"),
     ]  # fmt: skip
+
+
+def _duration(us: float) -> str:
+    return f"{us / 1e6:.1f} s" if us >= 1e7 else f"{us / 1000:.4g} ms"
 
 
 def _number(value: float | None, form: str = ".2f", unit: str = "") -> str:

@@ -9,11 +9,13 @@ from collections import Counter, defaultdict
 import pytest
 
 from bench.ceilings import Ceilings, Needed, beyond, cold_bytes
-from bench.derived import FLOPS_PER_PAIR
+from bench.derived import FLOPS_PER_PAIR, compare
 from bench.paper import MICRO_BENCHMARK
 from bench.readme_proofs import sweep_seconds
 from bench.record import ROOT, read_rows
+from bench.trainings import SPLIT, missed, trainings
 from methods import METHODS
+from tests.gpu.matrix import DTYPES, HEAD_DIMS, PHASES, SHAPES
 from tests.kills import KINDS
 
 RESULTS = ROOT / "results"
@@ -39,7 +41,8 @@ def found(device, planted, mode):
 
 
 @pytest.mark.parametrize(
-    "device, mode", [("h200", "paired"), ("h200", "apart"), ("cpu", "paired")]
+    "device, mode",
+    [("h200", "paired"), ("h200", "apart"), ("cpu", "paired"), ("cpu", "apart")],
 )
 def test_a_call_against_its_twin_is_at_most_twice_of_200_told_apart(device, mode):
     verdicts, measured = found(device, 0.0, mode)
@@ -115,6 +118,79 @@ def test_the_default_sweep_ends_within_5_minutes_and_has_the_papers_point():
     assert {row.method for row in compiled} == METHODS.keys()
     assert {row.status for row in compiled} == {"ok"}
     assert {row.status for row in rows} == {"ok", "unsupported"}
+
+
+def point(name, method, backend, clock="device"):
+    """Of the paper's micro-benchmark, forward + backward."""
+    (row,) = (
+        row
+        for row in read_rows(H200 / name)
+        if row.problem == MICRO_BENCHMARK
+        and (row.method, row.backend, row.phase, row.clock) == (method, backend, "fwd_bwd", clock)
+    )
+    return row
+
+
+@pytest.mark.parametrize("name", ["point.csv", "lengths.csv"])
+def test_spattention_is_3_point_8_times_as_fast_at_the_papers_point(name):
+    dense, own = (point(name, method, "flex") for method in ("standard", "spattention"))
+    assert compare(dense, own).low >= 3.8
+    assert point(name, "spattention", "flex", "host").median_us > own.median_us
+
+
+def test_block_lists_are_40_times_faster_and_1000_times_smaller_than_torchs():
+    rows = {(row.seq_len, row.method, row.phase, row.clock): row
+            for row in read_rows(H200 / "block_lists.csv")}  # fmt: skip
+    ours, torchs = (
+        rows[32768, name, "layout", "host"] for name in ("spattention", "spattention_gridless")
+    )
+    assert torchs.median_us >= 40 * ours.median_us
+    assert torchs.peak_bytes >= 1000 * ours.peak_bytes
+    million = rows[1 << 20, "spattention", "layout", "host"]
+    assert million.median_us < 150_000 and million.peak_bytes < 1.5 * 2**30
+    computed = rows[1 << 20, "spattention", "fwd_bwd", "device"]
+    assert (computed.status, computed.dtype, computed.head_dim) == ("ok", "bfloat16", 64)
+    assert 0 < computed.error_budget <= 1
+
+
+def test_attend_costs_less_than_20_microseconds_beyond_its_kernel():
+    (line,) = records(H200 / "attend_cost.csv")
+    assert 0 < float(line["beyond_us"]) < 20
+
+
+def test_the_matrix_is_whole_and_right():
+    """Every preset, three types, seven head dims, a round N and a ragged one, both phases."""
+    cells = records(H200 / "matrix.csv")
+    names = "method", "dtype", "head_dim", "seq_len", "kv_heads", "phase"
+    assert len({tuple(x[name] for name in names) for x in cells}) == len(cells)
+    assert len(cells) == len(METHODS) * len(DTYPES) * len(HEAD_DIMS) * len(SHAPES) * len(PHASES)
+    for x in cells:
+        assert (x["status"] == "ok" and 0 < float(x["error_budget"]) <= 1) or x["limit"], x
+
+
+def steps(model, n, processes=1):
+    found = {}
+    for row in read_rows(H200 / f"train_{model}.csv"):
+        if (row.phase, row.seq_len, row.world_size) == ("step", n, processes):
+            found[row.method, row.backend] = row
+    return found
+
+
+@pytest.mark.parametrize("n", [1024, 8192, 32768])
+def test_steps_are_split_into_attention_and_the_rest_within_3_percent(n):
+    found = steps("table2", n)
+    assert len(found) >= 8
+    for cell, row in found.items():
+        assert row.status == "ok" and abs(missed(row)) <= SPLIT, cell
+        assert (row.attention_us == 0) == (row.method == "identity")
+
+
+def test_a_long_step_reaches_95_percent_of_what_amdahl_allows():
+    rows = read_rows(H200 / "train_table2.csv")
+    (training,) = (x for x in trainings(rows) if (x.head.seq_len, x.head.world_size) == (32768, 1))
+    best = training.best("spattention", None)
+    assert training.speedup(best).y >= 0.95 * training.amdahl(best).y
+    assert training.zero_cost() > training.speedup(best).y
 
 
 # On a CPU all that ends a process or spoils a file; on a GPU what its own memory and kernels do.

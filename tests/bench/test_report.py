@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -86,8 +87,27 @@ def test_the_fastest_backend_of_each_method_is_named():
     ]
     alone = make_row(method="bigbird", backend="flex", median_us=9.0)
     text = printed([*rows, alone])
-    assert "fastest, fwd+bwd: on flex spattention; on fa4 standard" in text.splitlines()
-    assert "fastest, " not in printed([rows[0], alone])
+    assert "fastest fwd+bwd: spattention on flex; standard on fa4" in text.splitlines()
+    assert "fastest fwd" not in printed([rows[0], alone])
+    assert "fastest fwd" not in printed([*rows[:2], alone])  # of dense attention the table tells
+
+
+@pytest.mark.parametrize(("spread", "warned"), [(0.001, True), (0.3, False)])
+def test_an_efficiency_that_noise_can_explain_is_no_warning(spread, warned):
+    def timed(us):
+        samples = [us * (1 + spread * math.sin(k)) for k in range(16)]
+        return {"median_us": us, "samples_us": ";".join(map(str, samples)),
+                "rounds": None}  # fmt: skip
+
+    rows = [make_row(**DENSE, **timed(400.0)), make_row(**SPARSE, **timed(45.0))]
+    assert ("efficiency above 1 on flex" in printed(rows)) == warned
+
+
+def test_a_legend_is_of_columns_that_there_are():
+    rows = [make_row(**DENSE, median_us=400.0), make_row(**SPARSE, median_us=100.0)]
+    assert "% of matmul" not in printed(rows)
+    rows = [make_row(**DENSE, median_us=400.0, matmul_tflop_s=700.0)]
+    assert "% of matmul: of the rate" in " ".join(printed(rows).split())
 
 
 def test_forward_stands_in_and_says_so():
