@@ -96,8 +96,10 @@ def time_proofs(results: Path) -> Iterator[Proof]:
 
 
 def sweep_seconds(path: Path) -> dict[str, float]:
-    """What a sweep's time was spent on, from its NAME.time.csv."""
-    return {x["spent_on"]: float(x["seconds"]) for x in _records(path)}
+    """What a sweep's time was spent on, from its NAME.time.csv; of several runs the last."""
+    lines = _records(path)
+    last = [x for x in lines if x["time_utc"] == lines[-1]["time_utc"]]
+    return {x["spent_on"]: float(x["seconds"]) for x in last}
 
 
 def _sweep_proofs(results: Path) -> Iterator[Proof]:
