@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bench.measure import GATE_ROW_BLOCKS
-from bench.oracle import build_reference, cotangent, judge, sample_rows
+from bench.backends import BACKENDS
+from bench.gate import Gate
 from methods import METHODS, Problem, attend, block_mask
 from methods.reformer import Reformer
 from tests.gpu.matrix import SHAPES, gated, line, matrix, one, sound
@@ -53,20 +53,11 @@ def test_other_block_sizes():
 
 
 def test_a_million_tokens_forward_and_backward():
-    device = torch.device("cuda:0")
+    device, method = torch.device("cuda:0"), METHODS["spattention"]
     p = Problem(seq_len=1 << 20, head_dim=64)
-    q, k, v = (
-        torch.randn(1, 8, p.seq_len, 64, device=device, dtype=p.torch_dtype, requires_grad=True)
-        for _ in range(3)
-    )
-    rows = sample_rows(p, p.seq_len // GATE_ROW_BLOCKS, device)
-    cot = cotangent(p, rows, device)
-    out = attend(q, k, v, method="spattention")
-    grads = torch.autograd.grad(out, (q, k, v), cot)
-    inputs = (x.detach() for x in (q, k, v))
-    verdict = judge(
-        build_reference(METHODS["spattention"], p, *inputs, rows, cot), out, None, grads
-    )
+    gate = Gate(p, (128, 128), torch.Generator(device).manual_seed(0), 0)
+    attention = BACKENDS["flex"].build(method, p, device, (128, 128))
+    verdict = gate.verdict(method, attention, ("fwd", "fwd_bwd"), ties=False)
     assert verdict.passed, verdict.reason
 
 
