@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from methods.compiled import fused
 from methods.first_order import first_order
-from methods.method import MaskMod, Method, Problem, ScoreMod
+from methods.method import STRIP_ELEMENTS, MaskMod, Method, Problem, ScoreMod
 
 if TYPE_CHECKING:
     from methods.reformer import Reformer
@@ -121,6 +123,32 @@ class Chunks(Method):
             some = some | ((low <= last) & (high >= first))
             every = every | ((low >= first) & (high <= last))
         return some, every & (not self._reads_data(p))
+
+    def pairs(self, p: Problem, state: Rounds) -> int:
+        """Of tokens that the first sample's rounds list, each once; p counts tokens."""
+        chunk, ring = self.inner.chunk, self.inner.ring
+        listings, order = self.inner.listings(p, state), self.fold(state.order)[0]
+        tokens, buckets = (
+            F.pad(x, (0, -x.shape[1] % chunk), value=-1).unflatten(1, (-1, chunk))
+            for x in (order, self.buckets(state)[0])
+        )
+        head = torch.arange(len(order), device=order.device)[:, None, None, None]
+        token_head = head // (len(order) // p.q_heads)
+        number = torch.arange(tokens.shape[1], device=order.device)
+        strips = number.split(max(1, STRIP_ELEMENTS // (chunk**2 * len(order))))
+        total = 0.0
+        for own, step in product(strips, range(-self.inner.after, self.inner.before + 1)):
+            other = (own - step) % len(number) if ring else own - step
+            exists = (other >= 0) & (other < len(number))
+            own, other = own[exists], other[exists]
+            i, j = tokens[:, own, :, None], tokens[:, other, None, :]
+            allowed = (i >= 0) & (j >= 0) & ((j <= i) | (not p.causal))
+            if self.inner.within_buckets:
+                allowed &= buckets[:, own, :, None] == buckets[:, other, None, :]
+            times = listings(head[:1] * 0, token_head, i.clamp(min=0), j.clamp(min=0))
+            # A pair that is met in several rounds adds up to one.
+            total += float((allowed / times.clamp(min=1).double()).sum())
+        return round(total)
 
     @property
     def _once(self) -> bool:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from methods.chunks import PENALTY, Chunks, Listings, Rounds, merge, sort, stable_order
 from methods.compiled import fused
 from methods.hashing import draw, nearest, parts, rotated
-from methods.method import STRIP_ELEMENTS, Layout, MaskMod, Method, Problem, ScoreMod, static_parts
+from methods.method import Layout, MaskMod, Method, Problem, ScoreMod, static_parts
 
 MODES = ("exact", "transformers", "reformer_pytorch")
 # As in trax: two rotations in place of one, whose memory would grow with N^2 / chunk.
@@ -330,29 +328,7 @@ class Reformer(Method):
 
     def allowed_pairs(self, p: Problem, state: Rounds | None = None) -> int:
         """As `Method.allowed_pairs`; pairs of the first sample's union, in memory linear in N."""
-        state, chunks = _given(state), Chunks(self)
-        listings, order = self.listings(p, state), chunks.fold(state.order)[0]
-        tokens, buckets = (
-            F.pad(x, (0, -x.shape[1] % self.chunk), value=-1).unflatten(1, (-1, self.chunk))
-            for x in (order, chunks.buckets(state)[0])
-        )
-        head = torch.arange(len(order), device=order.device)[:, None, None, None]
-        token_head = head // (len(order) // p.q_heads)
-        number = torch.arange(tokens.shape[1], device=order.device)
-        strips = number.split(max(1, STRIP_ELEMENTS // (self.chunk**2 * len(order))))
-        total = 0.0
-        for own, step in itertools.product(strips, range(-self.after, self.before + 1)):
-            other = (own - step) % len(number) if self.ring else own - step
-            exists = (other >= 0) & (other < len(number))
-            own, other = own[exists], other[exists]
-            i, j = tokens[:, own, :, None], tokens[:, other, None, :]
-            allowed = (i >= 0) & (j >= 0) & ((j <= i) | (not p.causal))
-            if self.within_buckets:
-                allowed &= buckets[:, own, :, None] == buckets[:, other, None, :]
-            times = listings(head[:1] * 0, token_head, i.clamp(min=0), j.clamp(min=0))
-            # A pair that is met in several rounds adds up to one.
-            total += float((allowed / times.clamp(min=1).double()).sum())
-        return round(total)
+        return Chunks(self).pairs(p, _given(state))
 
     def layout(
         self, q: Tensor, k: Tensor, v: Tensor, p: Problem, state: Rounds | None = None,
