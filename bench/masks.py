@@ -6,7 +6,7 @@ import contextlib
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from bench.record import Row
 from bench.specs import parameters_text, parse_method, source_file
 from bench.style import save
 from methods import METHODS, Method, Problem
+from methods.banded import dense_pairs
 
 COLUMNS = 4
 PIXELS = 256
@@ -47,34 +48,41 @@ def mask_grid(method: Method, p: Problem) -> np.ndarray:
 
 def mask_figure(method: Method, p: Problem, stem: Path) -> list[Path]:
     """STEM.png and STEM.svg: a panel for each head, queries downwards and keys across."""
-    grid = mask_grid(method, p)
-    columns = min(COLUMNS, p.q_heads)
-    rows = -(-p.q_heads // columns)
-    figure = Figure((1.0 + 2.0 * columns, 0.9 + 2.0 * rows), dpi=140, layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for head, place in enumerate(places.flat):
-        if head >= p.q_heads:
-            place.remove()
-            continue
-        draw_mask(place, grid[head], f"head {head}")
+    grids = {f"head {h}": grid for h, grid in enumerate(mask_grid(method, p))}
     parameters = parameters_text(method)
     causal = "causal" if p.causal else "not causal"
     facts = [parameters.replace(",", ", ")] if parameters else []
     title = " · ".join([method.name, *facts, f"N {p.seq_len}", f"{p.q_heads} heads", causal])
-    figure.suptitle(textwrap.fill(title, 26 * columns), fontsize=10)
-    figure.supxlabel("key", fontsize=9)
-    figure.supylabel("query", fontsize=9)
+    figure, _ = panels(title, grids, p.causal)
     return save(figure, stem)
 
 
-def draw_mask(place: Axes, grid: np.ndarray, name: str) -> None:
-    """One head's pairs, bool [N, N], under its name and their share."""
+def panels(
+    title: str, grids: Mapping[str, np.ndarray], causal: bool, side: float = 2.0
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel, `side` inches wide, for each name and its pairs, bool [N, N]."""
+    columns = min(COLUMNS, len(grids))
+    rows = -(-len(grids) // columns)
+    figure = Figure((1.0 + side * columns, 1.1 + side * rows), dpi=140, layout="constrained")
+    places = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for place in places[len(grids) :]:
+        place.remove()
+    for place, (name, grid) in zip(places, grids.items(), strict=False):
+        _draw(place, grid, name, causal)
+    figure.suptitle(textwrap.fill(title, 26 * columns), fontsize=10)
+    figure.supxlabel("key", fontsize=9)
+    figure.supylabel("query", fontsize=9)
+    return figure, places[: len(grids)]
+
+
+def _draw(place: Axes, grid: np.ndarray, name: str, causal: bool) -> None:
     size = len(grid)
     place.imshow(
         _shrunk(grid), cmap=COLOURS, vmin=0, vmax=1, interpolation="antialiased",
         extent=(0, size, size, 0),
     )  # fmt: skip
-    place.set_title(f"{name}: {grid.mean():.1%} of N x N", fontsize=8)
+    share = grid.sum() / dense_pairs(size, causal)
+    place.set_title(f"{name}: {share:.1%} of {'causal ' if causal else ''}pairs", fontsize=8)
     place.tick_params(labelsize=7)
     place.set_xticks([0, size // 2, size])
     place.set_yticks([0, size // 2, size])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +13,13 @@ from matplotlib.patches import Patch
 
 from bench.complexity import Complexity, block_classes
 from bench.derived import Cell, in_order
-from bench.masks import draw_mask, mask_grid
-from bench.paper import FIGURE_2, FIGURES, READINGS
+from bench.masks import mask_grid, panels
+from bench.paper import FIGURE_2, FIGURES, READINGS, SPECIALISATION
 from bench.specialisation import RECIPE, SEEDS, Specialised
 from bench.style import save, styles
 from methods import METHODS
 
 FIGURE_2_HEAD = 3
-COLUMNS = 4
 # Of partial and of full blocks: amber and green, both bright on a dark mask.
 CLASSES = {1: ("partial block", "#f0b429"), 2: ("full block", "#6ee7a0")}
 # (seed, layer) -> how it is named and drawn; deeper layers lie on the second.
@@ -69,33 +67,23 @@ def draw_mask_figures(folder: Path) -> list[Path]:
     }
     figures["figure_2"] = (f"Figure 2 · ablations, head {FIGURE_2_HEAD} · {size}", figure_2())
     written = []
-    for stem, (title, panels) in figures.items():
-        written += save(_panels(title, panels, blocks=False), folder / stem)
-        written += save(_panels(title, panels, blocks=True), folder / f"{stem}_blocks")
+    for stem, (title, heads) in figures.items():
+        grids = {panel.name: panel.grid for panel in heads}
+        written += save(panels(title, grids, FIGURES.causal)[0], folder / stem)
+        written += save(_with_blocks(title, grids, heads), folder / f"{stem}_blocks")
     return written
 
 
-def _panels(title: str, panels: Sequence[Panel], blocks: bool) -> Figure:
-    columns = min(COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    side = 2.6 if blocks else 2.0  # inches; frames need room
-    figure = Figure((1.0 + side * columns, 1.1 + side * rows), dpi=140, layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for place, panel in zip(places.flat, panels, strict=True):
-        draw_mask(place, panel.grid, panel.name)
-        if blocks:
-            _outline(place, panel)
-    if blocks:
-        title += f" · blocks of {len(panels[0].grid) // len(panels[0].classes)}"
-    figure.suptitle(textwrap.fill(title, 26 * columns), fontsize=10)
-    figure.supxlabel("key", fontsize=9)
-    figure.supylabel("query", fontsize=9)
-    if blocks:
-        present = np.unique([panel.classes for panel in panels])
-        shown = [look for key, look in CLASSES.items() if key in present]
-        handles = [Patch(fill=False, ec=colour, lw=1.6, label=name) for name, colour in shown]
-        figure.legend(handles=handles, loc="outside lower right", fontsize=8, frameon=False,
-                      ncol=2)  # fmt: skip
+def _with_blocks(title: str, grids: Mapping[str, np.ndarray], heads: Sequence[Panel]) -> Figure:
+    title += f" · blocks of {len(heads[0].grid) // len(heads[0].classes)}"
+    figure, places = panels(title, grids, FIGURES.causal, side=2.6)  # frames need room
+    for place, panel in zip(places, heads, strict=True):
+        _outline(place, panel)
+    present = np.unique([panel.classes for panel in heads])
+    shown = [look for key, look in CLASSES.items() if key in present]
+    handles = [Patch(fill=False, ec=colour, lw=1.6, label=name) for name, colour in shown]
+    figure.legend(handles=handles, loc="outside lower right", fontsize=8, frameon=False,
+                  ncol=2)  # fmt: skip
     return figure
 
 
@@ -161,11 +149,14 @@ def coinciding(shares: Mapping[str, np.ndarray]) -> Iterator[str]:
         groups.setdefault(tuple(shares[name]), []).append(name)
     for names in groups.values():
         if len(names) > 1:
-            yield f"the same: {', '.join(names)}"
+            yield f"one curve: {', '.join(names)}"
 
 
 def draw_specialisation(lines: Iterable[Specialised], stem: Path) -> list[Path]:
-    """Entropy of each head: uniform attention as lines, layers of an untrained stack as points."""
+    """Entropy of each head: uniform attention as lines, layers of an untrained stack as points.
+
+    The paper has means over the heads alone.
+    """
     lines = [line for line in lines if (line.seed, line.layer) in SHOWN]
     figure = Figure((8.0, 4.2), dpi=140, layout="constrained")
     place = figure.subplots()
@@ -176,6 +167,12 @@ def draw_specialisation(lines: Iterable[Specialised], stem: Path) -> list[Path]:
         kind = kind | {"linestyle": look.line if line.layer is None else ""}
         kind |= {"marker": None if line.layer is None else look.marker}
         place.plot(line.by_head, color=look.colour, label=f"{line.method}: {label}", **kind)
+    for name, theirs in SPECIALISATION.items():
+        method = READINGS["as released"][name]
+        place.axhline(
+            theirs.entropy, color=looks[method].colour, linestyle=(0, (1, 2)), linewidth=1,
+            label=f"{method}: the paper's mean",
+        )  # fmt: skip
     _by_head(place)
     place.set_ylabel("mean entropy of the head, nats", fontsize=9)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3.5)

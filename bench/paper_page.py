@@ -9,7 +9,7 @@ from statistics import mean
 from bench import paper
 from bench.compare import LIMIT
 from bench.complexity import Complexity
-from bench.paper_claims import Results, claims, percent, shown, times, untrained_entropy
+from bench.paper_claims import Results, claims, percent, shown, span, times, untrained_entropy
 from bench.paper_figures import FIGURE_2_HEAD
 from bench.paper_speeds import ATTENTION_ALONE, EAGER, NOT_MEASURED, Point, Throughput
 from bench.report import quantity
@@ -22,7 +22,7 @@ from bench.specialisation import (
 )
 from bench.specs import parameters_text
 from bench.tables import markdown
-from bench.trained_heads import INITIAL, SEQUENCES, TRAINED, TrainedHeads
+from bench.trained_heads import INITIAL, TRAINED, TrainedHeads
 from methods import METHODS
 
 ROUNDED = 1.5e-4  # how far the mean of figures of four digits can lie from their printed average
@@ -74,7 +74,7 @@ RANKS_TEXT = (
     f"Samples that do not tell methods apart by {100 * (LIMIT - 1):.0f} % leave them several "
     "ranks: from 1 more than the methods told to be faster, to as many as are not told to be "
     "slower. In an order, `>` stands where all ranks before it are below all ranks after it, and "
-    "`or` elsewhere. Where a method is missing there are neither ranks nor an order."
+    "`or` elsewhere. Ranks are among the methods that were measured."
 )
 RELEASED_CODE = (
     "## The released code",
@@ -85,8 +85,8 @@ RELEASED_CODE = (
     "across the heads of one token and mixes no tokens, in every variant, the baseline included "
     "(run with ai2-olmo 0.6.0: replacing token 5 changes the logits at position 5 only). Whether "
     "the paper's runs used this code cannot be told from the repository.",
-    "- It calls `flex_attention` without `torch.compile`, which materialises the N x N scores. "
-    f"The backend `{EAGER}` is that call.",
+    "- It calls `flex_attention` without `torch.compile`, which materialises the N x N scores "
+    f"where no compiled model surrounds the call. The backend `{EAGER}` is that call.",
 )
 
 
@@ -176,8 +176,9 @@ def _micro_benchmark(points: Sequence[Point]) -> Iterator[str]:
         "who launches every kernel anew; at this size that is mostly the processor's time, and "
         "other work on the machine raises it. `flex` is compiled FlexAttention, `flash` its "
         "kernels of flash-attn-4, `varlen` windows over shifted keys in calls of flash-attn-4, "
-        f"`{EAGER}` FlexAttention that is not compiled. Kernels clock: from the "
-        "first kernel's start to the last one's end, for a call that no graph can capture. "
+        f"`{EAGER}` FlexAttention that is not compiled. No graph can capture a call of that; a "
+        "time from its first kernel's start to the last one's end (kernels clock) is shown where "
+        "measuring it did not make it longer. Blocks are of 128 where others are not named. "
         "`-`: no other backend was timed beside it."
     )
     if points and not any(x.backend == EAGER for x in points):
@@ -194,8 +195,10 @@ def _micro_benchmark(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _point_cells(x: Point) -> list[str]:
+    blocks = "" if x.blocks == "128x128" else f", blocks {x.blocks}"
     return [
-        f"`{x.method}`", x.backend, x.clock, x.dtype, f"{x.us:.0f} us", f"{x.dense_us:.0f} us",
+        f"`{x.method}`", x.backend + blocks, x.clock, x.dtype,
+        f"{x.us:.0f} us", f"{x.dense_us:.0f} us",
         f"about {paper.MICRO_BENCHMARK_SPEEDUP:g} x", f"{x.speedup:.2f} x",
         f"{x.low:.2f} to {x.high:.2f}" if x.low and x.high else "-",
         f"{x.over_fastest:.2f} x ({x.fastest})" if x.fastest else "-",
@@ -228,7 +231,8 @@ def _one_throughput(lines: Sequence[Throughput]) -> Iterator[str]:
     if not first.common_rounds:
         rounds = "each method by itself, not in rounds common to all"
     yield (
-        f"`{first.backend}`, {first.clock} clock, on {first.processes} x {first.device}; "
+        f"`{first.backend}`, {first.dtype}, {first.clock} clock, on {first.processes} x "
+        f"{first.device}; "
         f"{first.tokens} tokens a {'call' if alone else 'step'}, "
         f"{first.data or 'random'} data; measured: {rounds}."
     )
@@ -245,28 +249,32 @@ def _one_throughput(lines: Sequence[Throughput]) -> Iterator[str]:
     heads = ("name", "the paper, tokens/s", "over Standard", "rank", "measured as", "tokens/s",
              "over Standard", "rank")  # fmt: skip
     for reading, group in groupby(lines, key=lambda x: x.reading):
+        group = list(group)
+        count = sum(not x.reason for x in group)
         yield ""
         yield f"Methods {reading}:{STAND_INS_TEXT.get(reading, '')}"
         yield ""
-        yield from markdown(heads, map(_throughput_cells, group), numbers=(1, 2, 3, 5, 6, 7))
+        cells = (_throughput_cells(x, count) for x in group)
+        yield from markdown(heads, cells, numbers=(1, 2, 3, 5, 6, 7))
     yield ""
     yield _sources(lines)
 
 
-def _throughput_cells(x: Throughput) -> list[str]:
+def _throughput_cells(x: Throughput, count: int) -> list[str]:
+    """Of one of `count` methods that were measured."""
     theirs = paper.TABLE_2.column("tok/s")
     ranking = sorted(theirs, key=theirs.get, reverse=True)
     ours = [x.reason, "-", "-"]
     if x.reason is None:
-        ours = [quantity(x.tokens_per_s), times(x.ratio, x.low, x.high, digits=3), _rank(x)]
+        ours = [quantity(x.tokens_per_s), times(x.ratio, x.low, x.high, digits=3),
+                f"{_rank(x)} of {count}"]  # fmt: skip
     ratio = theirs[x.name] / theirs["Standard"]
     rank = ranking.index(x.name) + 1
-    return [x.name, f"{theirs[x.name]}", f"{ratio:.3f} x", f"{rank}", f"`{x.method}`", *ours]
+    return [x.name, f"{theirs[x.name]}", f"{ratio:.3f} x", f"{rank} of {len(theirs)}",
+            f"`{x.method}`", *ours]  # fmt: skip
 
 
 def _rank(x: Throughput) -> str:
-    if x.rank_low is None:
-        return "-"
     return f"{x.rank_low}" if x.rank_low == x.rank_high else f"{x.rank_low} to {x.rank_high}"
 
 
@@ -282,9 +290,9 @@ RECIPE_TEXT = (
     f"heads, N = {RECIPE.seq_len}, {RECIPE.batch} sequences of normal noise, "
     "`spattention_released`. Entropy of a query: "
     f"-sum a log(a + {LOG_FLOOR:g}); of a head: mean over queries; sigma: population standard "
-    f"deviation over the heads. For each seed its mean entropies are within {ENTROPY_TOLERANCE:g} "
-    f"of the paper's, and its sigmas within {SIGMA_TOLERANCE:g} of the paper's ranges: for "
-    "Standard that is more than the whole of the paper's range. N, heads, mask and the "
+    f"deviation over the heads. Tests hold its mean entropies to within {ENTROPY_TOLERANCE:g} "
+    f"of the paper's for each seed, and its sigmas to within {SIGMA_TOLERANCE:g} of the paper's "
+    "ranges: for Standard that is more than the whole of the range. N, heads, mask and the "
     "kind of deviation follow from the figures by counting; that the network was like this is a "
     "guess that fits. Uniform attention over the same mask needs no network and gives nearly the "
     "same: both figures are properties of the mask."
@@ -317,7 +325,7 @@ def _specialisation(lines: Sequence[Specialised]) -> Iterator[str]:
 def _measures(lines: Iterable[Specialised]) -> Iterator[str]:
     heads = ("mask", "weights", "empty rows", "entropy", "sigma", "normalised", "excess",
              "divergence")  # fmt: skip
-    groups = [list(group) for _, group in groupby(lines, key=lambda x: (x.method, x.weights))]
+    groups = [list(group) for _, group in groupby(lines, key=lambda x: (_mask(x), x.weights))]
     yield from markdown(heads, map(_specialised_cells, groups), numbers=range(2, len(heads)))
 
 
@@ -325,14 +333,14 @@ def _trained_heads(lines: Iterable[TrainedHeads]) -> Iterator[str]:
     yield from ("### After training", "")
     trainings: dict[tuple, list[TrainedHeads]] = {}
     for x in lines:
-        about = x.model, x.data, x.recipe, x.seq_len, x.device, x.torch, x.source
+        about = x.model, x.data, x.recipe, x.seq_len, x.sequences, x.device, x.torch, x.source
         trainings.setdefault(about, []).append(x)
     if not trainings:
         yield f"{NOT_MEASURED.capitalize()} here: no rows of `{TRAIN_ON_A_TEXT}`."
-    for (model, data, recipe, n, device, torch, source), own in trainings.items():
+    for (model, data, recipe, n, sequences, device, torch, source), own in trainings.items():
         yield (
             f"`{model}`, trained on the text `{data}` ({recipe.replace(',', ', ')}), on "
-            f"{SEQUENCES} sequences of it, N = {n}: before the first step (`{INITIAL}`) and after "
+            f"{sequences} sequences of it, N = {n}: before the first step (`{INITIAL}`) and after "
             f"the last (`{TRAINED}`). Ranges are over layers. Measured on {device}, torch {torch} "
             f"(`{source}`), by `{TRAIN_ON_A_TEXT}`."
         )
@@ -347,7 +355,7 @@ def _by_the_recipe(lines: Sequence[Specialised]) -> Iterator[list[str]]:
         ours = [x.sigma for x in lines if (x.method, x.weights) == (method, "untrained")]
         yield [
             name, f"{theirs.entropy:.4f}", f"{untrained_entropy(lines, method):.4f}",
-            f"{theirs.sigma_low:.4f} to {theirs.sigma_high:.4f}", _ends(ours),
+            f"{theirs.sigma_low:.4f} to {theirs.sigma_high:.4f}", span(ours),
         ]  # fmt: skip
 
 
@@ -357,16 +365,17 @@ def _specialised_cells(group: Sequence[Specialised]) -> list[str]:
     weights = f"{first.weights}, {seeds} seeds" if seeds > 1 else first.weights
     divergences = [x.divergence for x in group if x.divergence is not None]
     return [
-        f"`{first.method}`", weights, f"{100 * first.empty:.1f} %",
-        f"{mean(x.entropy for x in group):.4f}", _ends([x.sigma for x in group]),
-        _ends([x.normalised for x in group]), _ends([x.excess for x in group]),
-        _ends(divergences) if divergences else "-",
+        f"`{_mask(first)}`", weights, f"{100 * first.empty:.1f} %",
+        f"{mean(x.entropy for x in group):.4f}", span(x.sigma for x in group),
+        span(x.normalised for x in group), span(x.excess for x in group),
+        span(divergences) if divergences else "-",
     ]  # fmt: skip
 
 
-def _ends(values: Sequence[float]) -> str:
-    low, high = (f"{end:.4f}" for end in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
+def _mask(x: Specialised) -> str:
+    """The method, with the parameters that it was trained with."""
+    params = x.params if isinstance(x, TrainedHeads) else None
+    return f"{x.method}:{params}" if params else x.method
 
 
 def _quoted() -> Iterator[str]:

@@ -29,6 +29,7 @@ TOKENS_FROM = {
     AS_RELEASED: (STEP, UNCOMPILED_MODEL, EAGER),
     ATTENTION_ALONE: ("fwd_bwd", None, BACKEND),
 }
+NAMED = {preset for reading in READINGS.values() for preset in reading.values()}
 NOT_MEASURED = "not measured"
 
 
@@ -76,7 +77,7 @@ class Throughput:
         ratio: over Standard, with its 99 % interval, which rows without samples lack.
         rank_low: 1 and the methods of the reading that samples tell to be faster by 1 %.
         rank_high: the methods of the reading that samples do not tell to be slower by 1 %, itself
-            included. Both are None while a method of the reading is missing.
+            included. Both are among the methods of the reading that were measured.
         reason: why there are no figures, which are then None.
     """
 
@@ -89,6 +90,7 @@ class Throughput:
     measured: str
     backend: str
     clock: str
+    dtype: str
     processes: int
     tokens: int
     data: str | None
@@ -120,7 +122,8 @@ def micro_benchmark(rows: Iterable[Row], source: str) -> list[Point]:
         for cell in board.cells
         if cell.method in POINT_METHODS
     )
-    return list({(x.clock, x.backend, x.method, x.blocks): x for x in points if x}.values())
+    last = {(x.device, x.dtype, x.clock, x.backend, x.method, x.blocks): x for x in points if x}
+    return list(last.values())
 
 
 def _point(board: Board, cell: Cell, source: str) -> Point | None:
@@ -150,40 +153,33 @@ def throughput(rows: Sequence[Row], source: str) -> list[Throughput]:
     readings.
 
     There are no lines where `standard` was not timed at its shape. A training step is one of the
-    paper's own model, on the most processes that it ran on.
+    paper's own model.
     """
-    timed = [
-        r
-        for r in rows
-        if _is_at(r, TABLE_2_ATTENTION) and _is_preset(r)
-    ]  # fmt: skip
-    return [
-        line
-        for measured, (phase, model, backend) in TOKENS_FROM.items()
-        if (
-            run := _best_run(
-                [
-                    row
-                    for row in timed
-                    if (row.phase, row.backend) == (phase, backend) and row.model in (None, model)
-                ]
-            )
-        )
-        for reading in READINGS
-        for line in _reading(reading, measured, run, source)
-    ]
+    timed = [row for row in rows if _is_at(row, TABLE_2_ATTENTION) and _is_preset(row)]
+    lines: list[Throughput] = []
+    for measured, (phase, model, backend) in TOKENS_FROM.items():
+        kind = {(phase, backend, None), (phase, backend, model)}
+        run = _best_run([row for row in timed if (row.phase, row.backend, row.model) in kind])
+        for reading in READINGS if run else ():
+            lines += _reading(reading, measured, run, source)
+    return lines
 
 
 def _best_run(rows: Sequence[Row]) -> dict[str, Row]:
-    """Method -> row, of the run with `standard` that has most: of the first clock there is."""
+    """Method -> row, of one run with `standard`, by the first clock there is.
+
+    Of several the one that measured most names of the table, then on the most processes, then
+    the last.
+    """
     runs: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         runs.setdefault((row.clock, *_run_of(row)), {})[row.method] = row
     whole = [run for run in runs.values() if BASELINE in run and run[BASELINE].status == "ok"]
 
-    def worth(run: Mapping[str, Row]) -> tuple[int, int, int]:
+    def worth(run: Mapping[str, Row]) -> tuple[int, int, int, str]:
         base = run[BASELINE]
-        return -CLOCKS.index(base.clock), len(run), base.world_size or 1
+        named = sum(row.status == "ok" and row.method in NAMED for row in run.values())
+        return -CLOCKS.index(base.clock), named, base.world_size or 1, base.time_utc
 
     return max(whole, key=worth, default={})
 
@@ -210,21 +206,21 @@ def _reading(
 ) -> Iterator[Throughput]:
     names, base = READINGS[reading], run[BASELINE]
     timed = {m: run[m] for m in names.values() if m in run and run[m].status == "ok"}
-    ranks = _ranks(timed) if len(timed) == len(names) else {}
+    ranks = _ranks(timed)
     tokens = (base.world_size or 1) * base.batch * base.seq_len
     for name, method in names.items():
         line = {
             "device": base.device, "torch": base.torch, "source": source, "reading": reading,
             "name": name, "method": method, "measured": measured,
-            "backend": base.backend, "clock": base.clock, "processes": base.world_size or 1,
-            "tokens": tokens, "data": base.data,
+            "backend": base.backend, "clock": base.clock, "dtype": base.dtype,
+            "processes": base.world_size or 1, "tokens": tokens, "data": base.data,
             "common_rounds": all(row.rounds for row in timed.values()),
         }  # fmt: skip
         if method not in timed:
             yield Throughput(**line, reason=_reason(run.get(method), method, measured))
             continue
         speed = None if method == BASELINE else _speed(timed[method], base)
-        low, high = ranks.get(method, (None, None))
+        low, high = ranks[method]
         yield Throughput(
             **line,
             tokens_per_s=tokens / timed[method].median_us * 1e6,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from bench import report
 from bench.complexity import Complexity
-from bench.derived import BASELINE, Board, Cell, in_order, problem_of
+from bench.derived import BASELINE, cell_of, in_order
 from bench.paper import MICRO_BENCHMARK
 from bench.profile import Line, read_profile
-from bench.readme_proofs import faults, proofs
+from bench.readme_proofs import faults, proofs, sweeps
 from bench.readme_speeds import (
     answer,
     clocks,
@@ -24,7 +24,7 @@ from bench.readme_speeds import (
     targets,
 )  # fmt: skip
 from bench.readme_training import training, training_summary
-from bench.record import CLOCKS, ROOT, STEP, Row, read_rows
+from bench.record import ROOT, STEP, Row, read_rows
 from bench.tables import markdown, read_table
 from methods import METHODS
 
@@ -45,7 +45,7 @@ def sections() -> dict[str, Callable[[], str]]:
             q_heads=8,
             head_dim=128,
         ),
-        "answer": lambda: answer(_point_rows(), _rows("h200/lengths"), _rows("h200/backends")),
+        "answer": lambda: answer(_rows("h200/lengths"), _rows("h200/backends"), _sweeps()),
         "point": lambda: clocks(_point_rows()),
         "fastest": lambda: fastest(_rows("h200/backends")),
         "fastest-all": lambda: fastest(_rows("h200/paper_speeds")),
@@ -103,6 +103,11 @@ def _point_rows() -> list[Row]:
     return _rows("h200/point" if alone else "h200/lengths")
 
 
+def _sweeps() -> list[Row]:
+    """Rows of every committed sweep of a GPU."""
+    return sweeps(RESULTS / "h200")
+
+
 def _with_rivals(rows: list[Row], others: list[Row]) -> list[Row]:
     """Rows of a run, and those of dense attention on backends that only another run had."""
     known = {row.backend for row in rows}
@@ -148,23 +153,16 @@ def _forward(rows: list[Row]) -> str:
 
 
 def _references(rows: list[Row]) -> str:
-    """Each method on `flex` over its reference implementations, forward + backward.
-
-    Of each the blocks count that are fastest.
-    """
-    rows = _with_fastest_blocks([row for row in rows if row.phase == "fwd_bwd"])
+    """Each method on `flex` over its reference implementations, forward + backward."""
+    rows = [row for row in rows if row.phase == "fwd_bwd"]
     titles = {report.problem_title(row, without=["seq_len", "dtype", "q_block"]) for row in rows}
     if len(titles) > 1:
         raise ValueError(f"the rows differ in more than N and dtype: {'; '.join(sorted(titles))}")
-    grouped: dict[tuple, list[Row]] = {}
-    for row in rows:
-        grouped.setdefault((row.dtype, row.seq_len, row.clock), []).append(row)
-    found = {key: Board(chosen) for key, chosen in grouped.items()}
     lengths = sorted({row.seq_len for row in rows})
     heads = ["method", "reference", "dtype", *(f"N = {n}: {NOTED}" for n in lengths)]
     lines = []
     rivals = dict.fromkeys(
-        (Cell(row.method, row.params, row.backend), row.dtype)
+        (cell_of(row), row.dtype)
         for row in rows
         if row.backend != "flex" and row.status != "unsupported"
     )
@@ -172,48 +170,51 @@ def _references(rows: list[Row]) -> str:
     for rival, dtype in sorted(rivals, key=lambda pair: methods.index(pair[0].method)):
         mode = re.search(r"mode='\w+'", rival.params or "")
         label = f"{rival.method}:{mode[0]}" if mode else rival.method
+        sides = [
+            [row for row in rows if (cell_of(row), row.dtype) == (cell, dtype)]
+            for cell in (rival, rival._replace(backend="flex"))
+        ]
         cells = [
-            _over_reference(found.get((dtype, n, "device")), found.get((dtype, n, "host")), rival)
+            _over_reference(*([row for row in side if row.seq_len == n] for side in sides))
             for n in lengths
         ]
         lines.append((f"`{label}`", rival.backend, dtype, *cells))
     caption = (
         "Forward + backward of the reference and of `flex`, and how many times as fast `flex` is; "
-        "by the device clock, or by the host clock where it says so; blocks of 128x128 where "
-        "others are not named."
+        "by the device clock, or by the host clock where it says so; each with the blocks that "
+        "are fastest by that clock, which are of 128x128 where others are not named."
     )
     table = markdown(heads, lines, numbers=range(3, len(heads)))
     return "\n".join([*table, "", f"{caption} {'; '.join(titles)}."])
 
 
-def _with_fastest_blocks(rows: list[Row]) -> list[Row]:
-    """Of every cell the rows of one block size: the fastest by the device clock, or by another."""
-    grouped: dict[tuple, dict[tuple[int, int], list[Row]]] = {}
-    for row in rows:
-        sizes = grouped.setdefault((problem_of(row)[:-2], row.method, row.params, row.backend), {})
-        sizes.setdefault((row.q_block, row.kv_block), []).append(row)
+def _over_reference(theirs: Sequence[Row], own: Sequence[Row]) -> str:
+    """Speed-up by the first clock that has both; else the reference's status, and ours if bad.
 
-    def time(own: list[Row]) -> tuple[float, ...]:
-        us = {row.clock: row.median_us for row in own if row.status == "ok"}
-        return tuple(us.get(clock) or math.inf for clock in CLOCKS)
-
-    return [row for sizes in grouped.values() for row in min(sizes.values(), key=time)]
-
-
-def _over_reference(device: Board | None, host: Board | None, rival: Cell) -> str:
-    """Speed-up by the first clock that has both; else the reference's status, and ours if bad."""
-    ours = rival._replace(backend="flex")
-    for board, mark in ((device, ""), (host, ", host")):
-        times = [board.us(cell, "fwd_bwd") for cell in (rival, ours)] if board else []
-        if times and all(times):
-            own = board.row(ours, "fwd_bwd")
-            size = f"{own.q_block}x{own.kv_block}"
+    The rows are of one length, in the order in which they were measured.
+    """
+    for clock, mark in (("device", ""), ("host", ", host")):
+        rival, ours = (_fastest_blocks(rows, clock) for rows in (theirs, own))
+        if rival and ours:
+            size = f"{ours.q_block}x{ours.kv_block}"
             blocks = "" if size == "128x128" else f" (blocks {size})"
-            ratio = f"{times[0] / times[1]:.2f}x"
-            return f"{_ms(times[0])}, {_ms(times[1])}{blocks}: {ratio}{mark}"
-    rows = [host and host.row(cell, "fwd_bwd") for cell in (rival, ours)]
-    theirs, own = (row.status if row else report.NOTHING for row in rows)
-    return theirs if own == "ok" or theirs == report.NOTHING else f"{theirs} : {own}"
+            ratio = f"{rival.median_us / ours.median_us:.2f}x"
+            return f"{_ms(rival.median_us)}, {_ms(ours.median_us)}{blocks}: {ratio}{mark}"
+    rival, ours = (_status(rows) for rows in (theirs, own))
+    return rival if ours == "ok" or rival == report.NOTHING else f"{rival} : {ours}"
+
+
+def _fastest_blocks(rows: Sequence[Row], clock: str) -> Row | None:
+    """Of rows with a time by this clock the one whose blocks are fastest."""
+    last = {(row.q_block, row.kv_block): row for row in rows if row.clock == clock}
+    timed = [row for row in last.values() if row.status == "ok" and row.median_us]
+    return min(timed, key=lambda row: row.median_us, default=None)
+
+
+def _status(rows: Sequence[Row]) -> str:
+    """By the host clock, which every call has."""
+    found = [row.status for row in rows if row.clock == "host"]
+    return "ok" if "ok" in found else next(iter(found), report.NOTHING)
 
 
 def _ms(us: float) -> str:

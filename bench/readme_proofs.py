@@ -6,10 +6,10 @@ import csv
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from bench.record import Row, read_rows
+from bench.record import COLUMNS, Row, read_rows
 from bench.tables import markdown
 
 Proof = tuple[str, str, str]
@@ -23,7 +23,7 @@ def proofs(results: Path) -> str:
     """
     parts = (
         verdict_proofs, _clock_proofs, kill_proofs, matrix_proofs, fault_proofs, time_proofs,
-        _sweep_proofs, repeat_proofs, serial_proofs, _cost_proofs, block_list_proofs,
+        _sweep_proofs, repeat_proofs, host_proofs, serial_proofs, _cost_proofs, block_list_proofs,
     )  # fmt: skip
     found = [proof for part in parts for proof in part(results)]
     return "\n".join(markdown(("what", "measured", "made by"), found, numbers=()))
@@ -274,6 +274,36 @@ def repeat_proofs(results: Path) -> Iterator[Proof]:
             f"{near} of {len(found)} within 2 %, at most {max(found):.0%} apart",
             "`run_bench.py compare`",
         )
+
+
+def host_proofs(results: Path) -> Iterator[Proof]:
+    """How far the host clock's medians of one cell lie apart in different runs."""
+    apart = host_spread(sweeps(results / "h200"))
+    if apart:
+        yield (
+            f"{len(apart)} cells in several runs, host medians",
+            f"{statistics.median(apart):.2f} x apart at the median, at most {max(apart):.2f} x",
+            "`run_bench.py`",
+        )
+
+
+def host_spread(rows: Iterable[Row]) -> list[float]:
+    """Of each cell that several runs timed, the longest over the shortest median."""
+    found: dict[tuple, list[float]] = {}
+    for row in rows:
+        if (row.clock, row.status) == ("host", "ok") and row.phase in ("fwd", "bwd", "fwd_bwd"):
+            key = *_cell(row), row.q_block, row.kv_block, row.phase, row.device, row.torch
+            found.setdefault(key, []).append(row.median_us)
+    return [max(times) / min(times) for times in found.values() if len(times) > 1]
+
+
+def sweeps(folder: Path) -> list[Row]:
+    """Rows of every results file of a folder; other tables have other columns."""
+    starts = ",".join(COLUMNS[:3])
+    with_rows = [
+        path for path in sorted(folder.glob("*.csv")) if path.read_text().startswith(starts)
+    ]
+    return [row for path in with_rows for row in read_rows(path)]
 
 
 def _cell(row: Row) -> tuple:

@@ -26,7 +26,9 @@ class TrainedHeads(Specialised):
     """Measures of one layer of a model; `weights` is uniform, INITIAL or TRAINED.
 
     Attributes:
-        data, recipe: what it was trained on, and how long; as rows have them.
+            data, recipe: what it was trained on, and how long; as rows have them.
+        sequences: of the text, that were looked at.
+        params: of the method; None where it has none.
     """
 
     device: str
@@ -36,6 +38,8 @@ class TrainedHeads(Specialised):
     data: str
     recipe: str
     seq_len: int
+    sequences: int
+    params: str | None
     backend: str
 
 
@@ -78,14 +82,16 @@ def after_training(rows: Sequence[Row], source: str) -> list[TrainedHeads]:
     Raises:
         ValueError: a row has damaged ones.
     """
+    measured = [x for x in rows if x.phase == STEP and x.status == "ok" and x.heads]
     last = {(x.model, x.data, x.seq_len, x.method, x.params): x
-            for x in rows if x.phase == STEP and x.status == "ok" and x.heads}  # fmt: skip
+            for x in sorted(measured, key=lambda row: row.time_utc)}  # fmt: skip
     return [line for row in last.values() for line in _lines(row, source)]
 
 
 def _lines(row: Row, source: str) -> list[TrainedHeads]:
-    names = "device", "torch", "model", "data", "recipe", "seq_len", "backend"
-    about = {name: getattr(row, name) for name in names} | {"source": source}
+    names = "device", "torch", "model", "data", "recipe", "seq_len", "params", "backend"
+    about = {name: getattr(row, name) for name in names}
+    about |= {"source": source, "sequences": min(row.batch, SEQUENCES)}
     known = {field.name for field in fields(Specialised)}
     try:
         found = json.loads(row.heads)

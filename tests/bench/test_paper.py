@@ -47,7 +47,8 @@ def trained_heads():
     about = {"method": "spattention", "sigma": 0.25, "excess": 0.0, "bound": 4.0, "empty": 0.4,
              "head_entropy": "2;3", "divergence": None, "device": "Chip X", "torch": "2.11",
              "source": "train.csv", "model": "table2", "data": "words@12", "seq_len": 1024,
-             "recipe": "steps=300,seed=0", "backend": "flex"}  # fmt: skip
+             "recipe": "steps=300,seed=0", "sequences": 2, "params": None,
+             "backend": "flex"}  # fmt: skip
     moments = {"uniform": (3.0, 1.0), INITIAL: (2.5, 0.9), TRAINED: (1.5, 0.4321)}
     return [
         TrainedHeads(weights=weights, seed=None if weights == "uniform" else 0,
@@ -201,9 +202,12 @@ def test_claims_follow_the_tables(results):
     assert speed.ours == f"{point.speedup:.2f} x (`spattention`)"
     slower = dataclasses.replace(point, speedup=1.5, low=1.25, high=1.75)
     other = dataclasses.replace(slower, backend="flash", speedup=7.0)
-    changed = dataclasses.replace(results, micro_benchmark=[slower, other])
-    (speed,) = [c for c in claims(changed) if "(1, 8, 4096, 128)" in c.text]
+    small = dataclasses.replace(slower, blocks="64x64", speedup=1.4)
+    eager = dataclasses.replace(slower, backend="eager", speedup=0.5, low=None, clock="host")
+    changed = dataclasses.replace(results, micro_benchmark=[slower, other, small, eager])
+    speed, uncompiled = [c for c in claims(changed) if "(1, 8, 4096, 128)" in c.text]
     assert speed.ours == "1.50 x (1.25 to 1.75) (`spattention`)"
+    assert uncompiled.ours == "0.50 x (`spattention`)" and "`eager`, host clock" in uncompiled.text
 
 
 def test_ratios_of_sigma_are_counted(results):
@@ -238,6 +242,31 @@ def test_page_without_any_speed_says_so(results):
         assert (counted if x.reason is None else f"Skipped: `{x.method}`: {x.reason}.") in text
 
 
+def test_the_page_counts_pairs_as_its_heads_say(results):
+    """Of eq. 4 at N = 1024, H = 8: all sums are known in closed form."""
+    lines = page(results).splitlines()
+    heads, own = (
+        [x.strip() for x in line.strip("|").split("|")]
+        for start in ("| method | allowed |", "| `spattention` | 524800 |")
+        for line in lines
+        if line.startswith(start)
+    )
+    n, w = 1024, 128
+    busiest = 8 * (n * w - w * (w - 1) // 2) / (n * (n + 1) // 2)
+    empty = sum(w * h for h in range(8)) / (8 * n)
+    visited = 64 * 128 * 128  # blocks on two diagonals a head, seven of them beyond the first row
+    assert dict(zip(heads, own, strict=True)) == {
+        "method": "`spattention`", "allowed": "524800", "visited": f"{visited}",
+        "allowed, of standard's": "1 / 8.00", "visited, of standard's": "1 / 4.50",
+        "covered": "100.0 %", "once": "100.0 %", "overlap": "1.00",
+        "empty rows": f"{100 * empty:.1f} %", "busiest head": f"{busiest:.2f} x",
+    }  # fmt: skip
+    released = next(x for x in lines if x.startswith("| `spattention_released` | 1391680 |"))
+    # Every head sees the local band, so those pairs are not seen once: 129 distances of 1024.
+    local = sum(n - d for d in range(129))
+    assert f"| {100 * (1 - local / 524800):.1f} % | {1391680 / 524800:.2f} |" in released
+
+
 def test_every_figure_of_the_paper_is_on_the_page(results):
     text = page(results)
     assert text.count("the mean of its figures is") == 1
@@ -246,13 +275,26 @@ def test_every_figure_of_the_paper_is_on_the_page(results):
         for line in table.lines:
             for value in line[len(table.keys) :]:
                 assert (f"{value:.4f}" if isinstance(value, float) else f"{value}") in text
+    lines = text.splitlines()
     for theirs in paper.SPECIALISATION.values():
-        assert f"{theirs.entropy:.4f}" in text and f"{theirs.sigma_high:.4f}" in text
+        assert any(
+            f"| {theirs.entropy:.4f} |" in line
+            and f"| {theirs.sigma_low:.4f} to {theirs.sigma_high:.4f} |" in line
+            for line in lines
+        )
+    told = {claim.theirs for claim in claims(results)}
+    assert {"1.919 x", "-20.20 %", "over 300 x", "about 2 x", "all", "H", "none"} <= told
+    assert "about log(N / H), against log(i + 1)" in told
+    assert "The paper: 4 x A100; 8 layers, 8 heads, hidden 1024, N = 1024, 3000 steps" in text
 
 
 def test_the_page_has_heads_of_a_trained_model_or_says_that_there_are_none(results):
     text = page(results)
-    assert "`table2`, trained on the text `words@12` (steps=300, seed=0)" in text
+    assert "`table2`, trained on the text `words@12` (steps=300, seed=0), on 2 seq" in text
+    narrow = [dataclasses.replace(x, params="window=64") for x in results.trained_heads]
+    assert "| `spattention:window=64` | trained |" in page(
+        dataclasses.replace(results, trained_heads=narrow)
+    )
     line = next(x for x in text.splitlines() if x.startswith("| `spattention` | trained |"))
     assert line == ("| `spattention` | trained | 40.0 % | 1.5000 | 0.2500 | 0.4321 | 0.0000 | - |")
     bare = page(dataclasses.replace(results, trained_heads=[]))
@@ -266,6 +308,7 @@ def test_the_page_says_what_the_released_code_does(results):
         "Whether the paper's runs used this code cannot be told from the repository.",
         "attention runs across the heads of one token and mixes no tokens",
         "calls `flex_attention` without `torch.compile`", "`spattention` is EBALL",
+        "where no compiled model surrounds the call",
     ):  # fmt: skip
         assert text.count(fact) == 1, fact
 
@@ -326,7 +369,7 @@ def test_the_drawn_heads_are_in_order(results, tmp_path, monkeypatch):
 
 def test_curves_that_hide_each_other_are_named():
     shares = {"standard": [1, 1], "longformer": [0.5, 0.25], "mehc_longformer": [0.5, 0.25]}
-    assert list(paper_figures.coinciding(shares)) == ["the same: longformer, mehc_longformer"]
+    assert list(paper_figures.coinciding(shares)) == ["one curve: longformer, mehc_longformer"]
     assert list(paper_figures.coinciding({"standard": [1, 1], "bigbird": [1, 0.5]})) == []
 
 
@@ -357,7 +400,7 @@ def made(quick, tmp_path_factory):
 def test_the_command_makes_all_and_says_what_it_skips(made):
     tables, plots, said = made
     assert "skipped: measuring the micro-benchmark and Table 2 needs a GPU" in said
-    assert "nor are there older rows" in said
+    assert "speeds: none" in said
     assert sorted(p.name for p in tables.iterdir()) == [
         "complexity.csv", "micro_benchmark.csv", "specialisation.csv", "throughput.csv",
         "trained_heads.csv",
