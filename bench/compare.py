@@ -16,15 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import derived
+from bench.chip import SHARED_CORES
 from bench.derived import Board, Cell
 from bench.record import STEP, Environment, Row, read_rows
 from bench.report import METHOD_WIDTH, NOTHING, PHASE_NAMES, problem_title, quantity
 from bench.stats import FEW, Ratio
 
 LIMIT = 1.01  # a factor nearer to 1 than this is no difference
-# By the host clock, of two runs: one thing was up to 1.5 times as slow in the second of two sweeps
-# on an otherwise idle machine, whatever its own samples said.
-APART_ON_HOST = 2.0
+# By the host clock, of two runs: no cell of the committed ones is further apart in any two of them
+# (a test holds them to it), whatever its own samples say.
+APART_ON_HOST = 2.5
 # Two runs of one thing should agree this well in medians that are not tiny.
 ALIKE, LONG = 1.02, 50.0
 STYLES = {"faster": "green", "slower": "red", "same": "dim", "unclear": "yellow"}
@@ -34,13 +35,20 @@ LEGEND = (
     "B / A: median time of A over that of B (above 1, B is faster), and its 99 % interval. "
     "faster, slower: all of it is more than 1 % away from 1; same: all of it is within 1 %; "
     f"unclear: neither, or fewer than {FEW} samples, which make no 99 % interval. Could show: 1 % "
-    "and half the interval's width; such data does not tell a smaller difference. By the host "
-    "clock two runs of one thing may differ by half, so that two files need a factor of "
-    f"{APART_ON_HOST:g} for faster or slower. "
+    "and half the interval's width; such data does not tell a smaller difference. "
+)
+ON_HOST = (
+    "By the host clock two runs of one thing may be twice as far apart as any sample of them "
+    f"shows: faster and slower take a factor of {APART_ON_HOST:g} there. "
 )
 UNPAIRED = (
-    "Rounds of two files do not pair: what changed on the machine between them is in the ratio "
+    "Samples of two runs do not pair: what changed on the machine between them is in the ratio "
     "alone."
+)
+BUSY = "others were at work on the same cores"
+DISTURBED = (
+    f"warning: {{}} of the cells were sampled while {BUSY}, which can make a call many times too "
+    "slow; they say neither faster nor slower: end that work, and measure again."
 )
 PAIRED = "Samples of one round are divided: what the machine went through cancels."
 
@@ -83,7 +91,7 @@ class Pair(NamedTuple):
 
     @property
     def limit(self) -> float:
-        return difference(self.a, self.speed.paired)
+        return difference(self.a, self.b, self.speed.paired)
 
 
 def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> int:
@@ -94,7 +102,8 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
         or, if that is given, B has no time of what A has one of and B should have.
 
     Raises:
-        ValueError: `fail_slower` is no percentage, nothing matches, or samples are damaged.
+        ValueError: `fail_slower` is no percentage, or less than any two rows could differ by;
+            nothing matches, or samples are damaged.
     """
     if fail_slower is not None and not 0 <= fail_slower < math.inf:
         raise ValueError(f"--fail-slower is {fail_slower}; a percentage of 0 or more is needed")
@@ -102,8 +111,14 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
     pairs.sort(key=lambda pair: (pair.a.dtype, pair.a.head_dim, pair.a.q_heads, pair.a.seq_len))
     if not pairs:
         raise ValueError(f"nothing matches: no cell, phase and clock of {a.name} is in {b.name}")
-    _print(a, b, pairs, console)
     limit = math.inf if fail_slower is None else 1 + fail_slower / 100
+    least = min((p.limit for p in pairs if p.speed), default=0.0)
+    if limit < least and least > LIMIT:
+        raise ValueError(
+            f"--fail-slower is {fail_slower:g}; two runs by the host clock alone tell "
+            + (f"{100 * (least - 1):.0f} at least" if least < math.inf else "nothing: " + BUSY)
+        )
+    _print(a, b, pairs, console)
     slower = [p for p in pairs if p.speed and verdict(p.speed, max(limit, p.limit)) == "slower"]
     _print_notes([(f"slower by more than {fail_slower:g} %", p.key) for p in slower], console)
     if fail_slower is None:
@@ -130,10 +145,17 @@ def sides(csv: Path, other: Path | None, method: str | None, against: str | None
     raise ValueError("compare takes two files, or one file with both --method and --against")
 
 
-def difference(row: Row, paired: bool) -> float:
-    """The factor from which on the speed of such a row is another."""
-    busy = row.phase == STEP and row.cuda is not None  # a GPU that waits for no launch
-    return APART_ON_HOST if row.clock == "host" and not paired and not busy else LIMIT
+def difference(a: Row, b: Row, paired: bool) -> float:
+    """The factor from which on the speeds of two such rows differ; inf where nothing tells."""
+    busy = a.phase == STEP and a.cuda is not None  # a GPU that waits for no launch
+    if paired or a.clock != "host" or busy:
+        return LIMIT
+    return math.inf if disturbed(a, b) else APART_ON_HOST
+
+
+def disturbed(*rows: Row) -> bool:
+    """Whether one was sampled beside other work."""
+    return any(SHARED_CORES in (row.throttled or "") for row in rows)
 
 
 def verdict(speed: Ratio, limit: float = LIMIT) -> str:
@@ -153,13 +175,15 @@ def could_show(speed: Ratio, limit: float = LIMIT) -> float | None:
     |log r| > h + log(limit), and h is log(high / low) / 2. A true difference of just that size is
     told one time in two: half of all measured ratios fall short of the true one.
     """
-    return limit * math.sqrt(speed.high / speed.low) - 1 if speed.rounds >= FEW else None
+    if speed.rounds < FEW or limit == math.inf:
+        return None
+    return limit * math.sqrt(speed.high / speed.low) - 1
 
 
 def _of_file(path: Path) -> Side:
     found: dict[Key, Row] = {}
     for row in read_rows(path):
-        key = _key(row, Cell(row.method, row.params, row.backend))
+        key = _key(row, derived.cell_of(row))
         if key in found and found[key].device != row.device:
             devices = f"{found[key].device} and {row.device}"
             raise ValueError(f"{path} has cells of {devices}; compare files of one device each")
@@ -182,9 +206,10 @@ def _of_method(rows: Sequence[Row], name: str, path: Path) -> Side:
 
 def _key(row: Row, cell: Cell, device: str | None = None) -> Key:
     title = problem_title(row, without=() if device else ("device",))
-    problem = (row.problem, row.q_block, row.kv_block, row.model, row.world_size, device)
+    training = row.model, row.world_size, row.data, row.recipe
+    problem = (row.problem, row.q_block, row.kv_block, *training, device)
     if row.model:
-        title = f"{row.model} in {row.world_size} processes · {title}"
+        title = f"{row.model} in {row.world_size} processes · {row.data} · {title}"
     return Key(problem, title, cell, PHASE_NAMES.get(row.phase, row.phase), row.clock)
 
 
@@ -210,8 +235,12 @@ def _print(a: Side, b: Side, pairs: Sequence[Pair], console: Console) -> None:
     left += [("only in A", key) for key in a.rows if key not in b.rows]
     left += [("only in B", key) for key in b.rows if key not in a.rows]
     _print_notes(left, console)
+    if count := sum(disturbed(pair.a, pair.b) for pair in pairs):
+        console.print(Text(DISTURBED.format(count), style="yellow"))
     paired = any(pair.speed and pair.speed.paired for pair in pairs)
-    console.print(Text(LEGEND + (PAIRED if paired else UNPAIRED), style="dim"))
+    wide = any(pair.speed and pair.limit > LIMIT for pair in pairs)
+    legend = LEGEND + (ON_HOST if wide else "") + (PAIRED if paired else UNPAIRED)
+    console.print(Text(legend, style="dim"))
     counts = Counter(verdict(p.speed, p.limit) for p in pairs if p.speed)
     told = ", ".join(f"{counts[word]} {word}" for word in STYLES)
     console.print(Text(f"B against A, {sum(counts.values())} compared: {told}", style="bold"))
@@ -230,9 +259,10 @@ def _long(pair: Pair) -> bool:
 
 
 def _environments(pairs: Sequence[Pair]) -> Text:
-    differing = []
+    """Of rows that were not sampled together: others differ in files of their methods alone."""
+    apart, differing = [p for p in pairs if not (p.speed and p.speed.paired)], []
     for name in (field.name for field in fields(Environment)):
-        values = [(getattr(p.a, name), getattr(p.b, name)) for p in pairs]
+        values = [(getattr(p.a, name), getattr(p.b, name)) for p in apart]
         if found := [both for both in values if both[0] != both[1]]:
             texts = (", ".join(dict.fromkeys(map(str, side))) for side in zip(*found, strict=True))
             differing.append(f"{name} {' → '.join(texts)}")
@@ -306,5 +336,7 @@ def _name(cell: Cell) -> str:
 
 
 def _tokens_per_s(row: Row) -> str:
+    if row.phase == STEP:
+        return quantity((row.world_size or 1) * row.batch * row.seq_len / row.median_us * 1e6)
     board = Board([row])
     return quantity(board.tokens_per_s(board.cells[0]))

@@ -119,7 +119,7 @@ def verdicts(pairs: list[tuple[Row, Row]]) -> dict[str, Counter]:
 
 def _verdict(a: Row, b: Row) -> str:
     speed = derived.compare(a, b)
-    return verdict(speed, difference(a, speed.paired))
+    return verdict(speed, difference(a, b, speed.paired))
 
 
 def main() -> None:

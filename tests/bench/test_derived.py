@@ -142,8 +142,9 @@ def test_rounds_pair_within_one_run():
     b = {"samples_us": "1;2;3;4;5;6;7;8", "rounds": rounds}
     paired = compare(make_row(**a), make_row(**b))
     assert paired == (pytest.approx(2), pytest.approx(2), pytest.approx(2), True, 8)
+    assert compare(make_row(**a), make_row(**b | {"code": "1" * 12})).paired  # a file of one's own
     gone_on = b | {"time_utc": "2026-01-01T00:00:38Z"}
-    for other in (b | {"run": "later"}, b | {"rounds": None}, b | {"code": "1" * 12}, gone_on):
+    for other in (b | {"run": "later"}, b | {"rounds": None}, b | {"host": "another"}, gone_on):
         unpaired = compare(make_row(**a), make_row(**other))
         assert not unpaired.paired
         assert unpaired.low < 1 < 4 < unpaired.high
