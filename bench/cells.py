@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench import chip, stats
+from bench.backends import Attention
 from bench.ceilings import Ceilings, Needed, beyond
+from bench.confirm import Results
 from bench.derived import FLOPS_PER_PAIR
 from bench.record import STEP, Environment, Row, code_hash
 from bench.sampling import Series
@@ -68,6 +71,9 @@ class Prepared:
         refused: by phase, the status and the reason of what is not timed.
         uncaptured: by phase, why no graph could hold it: CUPTI timed it, or the host alone; of a
             step, why CUPTI did not.
+        attention: the function, once it is gated.
+        timed: by phase, runs what is timed once more; returns the number of the inputs that it
+            takes last, and what it makes of them.
         cold: by phase and clock of a device, bytes that a call must move, as `cold_bytes` has it.
     """
 
@@ -80,6 +86,8 @@ class Prepared:
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
     uncaptured: dict[str, str] = field(default_factory=dict)
     samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)
+    attention: Attention | None = None
+    timed: dict[str, Callable[[], tuple[int, Results]]] = field(default_factory=dict)
     needed: Needed | None = None
     cold: dict[tuple[str, str], float] = field(default_factory=dict)
     series: dict[tuple[str, str], Series] = field(default_factory=dict)

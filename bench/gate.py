@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.backends import BACKWARD_PHASES, Attention, forward
+from bench.confirm import TOLERANCE, relative_error
 from bench.oracle import (
     ROWS_PER_BLOCK,
     Expected,
@@ -79,7 +81,7 @@ class Gate:
         q, k, v = (x.clone().requires_grad_() for x in given)
         if one:
             k, reference = q, tied(reference)
-        verdicts = []
+        verdicts, cotangent = [], self.cotangent.clone()
         gradients = any(phase in BACKWARD_PHASES for phase in phases)
         if "fwd" in phases or not gradients:
             _poison(q)
@@ -88,10 +90,13 @@ class Gate:
         if gradients:
             _poison(q)
             out, lse = attention(q, k, v)
-            dq, dk, dv = torch.autograd.grad(out, (q, k, v), self.cotangent)
-            grads = (None if one else dq, dk, dv)
-            verdicts.append(judge(reference, out.detach(), lse, grads))
-        if not all(map(torch.equal, (q, k, v), given)):
+            backward = partial(torch.autograd.grad, out, (q, k, v), cotangent)
+            dq, dk, dv = backward(retain_graph="bwd" in phases)
+            verdicts.append(judge(reference, out.detach(), lse, (None if one else dq, dk, dv)))
+            # What `bwd` times runs again and again on one graph.
+            if "bwd" in phases and relative_error(backward(), (dq, dk, dv)) > TOLERANCE:
+                return _refused("a second backward on one graph gives other gradients")
+        if not all(map(torch.equal, (q, k, v, cotangent), (*given, self.cotangent))):
             return _refused("the call changes what it is given")
         worst = max(verdict.error_budget for verdict in verdicts)
         judged = next((x for x in verdicts if not x.passed), verdicts[-1])
@@ -104,8 +109,8 @@ class Gate:
         return bool((method.rows(self.p, self.device, some, state).isfinite() & later).any())
 
     def release(self) -> None:
-        """Gives back what the verdicts needed most memory for."""
-        self._known = None
+        """Gives back what verdicts need, of which there are no more."""
+        del self._known, self.inputs, self.cotangent
 
     def _given(self, method: Method) -> tuple[Tensor, ...]:
         q, k, v = self.inputs
@@ -131,7 +136,7 @@ def _refused(reason: str) -> Verdict:
 
 def _poison(like: Tensor) -> None:
     """Leaves NaN in memory that the allocator will hand out again: unwritten outputs show."""
-    held = [torch.full((like.nbytes,), torch.nan, device=like.device) for _ in range(4)]
+    held = [torch.full_like(like.detach(), torch.nan) for _ in range(4)]
     del held
 
 

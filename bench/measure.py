@@ -25,6 +25,7 @@ from bench.backends import (
 )
 from bench.ceilings import Ceilings, cold_bytes, needed_rows
 from bench.cells import Cell, Group, Prepared, failure_rows, rows_of, utc_now
+from bench.confirm import TOLERANCE, change, copies, relative_error
 from bench.derived import FLOPS_PER_PAIR
 from bench.failures import (
     CELL_ERRORS,
@@ -43,8 +44,7 @@ from methods.blocks import computed_pairs
 from methods.method import static_parts
 
 ERRORS = ("error_out", "error_dq", "error_dk", "error_dv", "error_budget")
-# Between two runs of one kernel: additions in another order, rounded to 16 bits.
-GRAPH_TOLERANCE = 0.01
+STALE = "what was timed does not follow its inputs: other values make it off by {:.3g}"
 
 
 class Clockwork:
@@ -52,14 +52,24 @@ class Clockwork:
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
+        self._open: tuple[str, float] | None = None
 
     @contextmanager
     def on(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Not within another."""
+        self._open = name, time.perf_counter()
         try:
             yield
         finally:
-            self.add({name: time.perf_counter() - start})
+            self.spent, self._open = self.so_far(), None
+
+    def so_far(self) -> dict[str, float]:
+        """What was spent, on what is not done yet, too."""
+        if self._open is None:
+            return dict(self.spent)
+        name, start = self._open
+        seconds = self.spent.get(name, 0.0) + time.perf_counter() - start
+        return self.spent | {name: seconds}
 
     def add(self, spent: Mapping[str, float]) -> None:
         for name, seconds in spent.items():
@@ -122,6 +132,7 @@ def measure_group(
     traced = any("kernels" in key for x in ready for key in x.samplers)
     for cupti in (False, True):  # once it was at work, every launch takes longer
         alone += _sample(bench, ready, cupti, machine, announce)
+    alone += bench.confirm(ready, announce)
     stamp = utc_now()
     rows |= {x.cell: rows_of(group, machine.env, x, machine.ceilings, stamp) for x in ready}
     del bench, ready  # whatever comes next needs the memory
@@ -198,6 +209,7 @@ class Bench:
             reason = no_tiles(self.group.block_size, error) or one_line(error)
             prepared.refused |= {x: (status, reason) for x in wanted}
             return prepared
+        prepared.attention = attention
         for phase in wanted:
             if phase not in prepared.refused:
                 with self.clockwork.on("capture"):
@@ -272,6 +284,7 @@ class Bench:
             calls = [partial(self._prepare, prepared.method, *x[:3]) for x in inputs]
         else:
             calls = [phase_call(attention, phase, x) for x in inputs]
+        prepared.timed[phase] = lambda: (0, calls[0]())
         if self.device.type == "cuda":
             self._add_device_sampler(prepared, phase, calls)
         prepared.samplers[phase, "host"] = timing.host_sampler(calls[0], self.device)
@@ -288,6 +301,8 @@ class Bench:
             if not self.group.cupti:
                 return
             clock, sets, sampler = "kernels", 1, timing.Span(calls[0], self.device)
+        else:
+            prepared.timed[phase] = sampler.last
         prepared.samplers[phase, clock] = sampler
         if phase in FLOPS_PER_PAIR:
             prepared.cold[phase, clock] = self._cold_bytes(prepared, phase, sets)
@@ -321,21 +336,44 @@ class Bench:
             )  # fmt: skip
         for (number, *key), taken in series.items():
             ready[number].series[tuple(key)] = taken
-        if self.device.type == "cuda" and not cupti:
-            for prepared in ready:
+
+    def confirm(self, ready: list[Prepared], announce: Callable[[Cell], None]) -> list[Cell]:
+        """Refuses what was timed and does not follow its inputs, which it changes for good.
+
+        Takes out of `ready`, and returns, what finds no memory for that.
+        """
+        short: list[Cell] = []
+        # A backward reads what its forward has kept: only its cotangent may be another.
+        for part, phases in ((slice(3, 4), ("bwd",)), (slice(3), ("fwd", "fwd_bwd", "prepare"))):
+            for inputs in self.inputs:
+                change(inputs[part])
+            for prepared in [x for x in ready if x.cell not in short]:
+                if not (timed := [x for x in phases if x in prepared.timed]):
+                    continue
                 announce(prepared.cell)
-                with self.clockwork.on("gate"):
-                    _check_graphs(prepared)
+                try:
+                    with self.clockwork.on("gate"):
+                        self._confirm(prepared, timed)
+                except CELL_ERRORS as error:
+                    if not out_of_memory(error) or len(ready) == 1:
+                        raise
+                    short.append(prepared.cell)
+                    _empty(self.device)
+        ready[:] = [x for x in ready if x.cell not in short]
+        return short
 
-
-def _check_graphs(prepared: Prepared) -> None:
-    """The gate judged calls; what was timed are graphs of them, which must give the same."""
-    for (phase, clock), sampler in prepared.samplers.items():
-        if clock == "device" and (error := sampler.error()) > GRAPH_TOLERANCE:
-            reason = f"the captured graph's results are off by {error:.3g} from the call's"
-            prepared.refused[phase] = ("mismatch", reason)
-            for key in [key for key in prepared.series if key[0] == phase]:
-                del prepared.series[key]
+    def _confirm(self, prepared: Prepared, phases: Sequence[str]) -> None:
+        for phase in phases:
+            number, results = prepared.timed[phase]()
+            inputs = copies(self._inputs(prepared.method)[number])
+            if phase == "prepare":
+                expected = self._prepare(prepared.method, *inputs[:3])
+            else:
+                expected = phase_call(prepared.attention, phase, inputs)()
+            if (error := relative_error(results, expected)) > TOLERANCE:
+                prepared.refused[phase] = ("mismatch", STALE.format(error))
+                for key in [key for key in prepared.series if key[0] == phase]:
+                    del prepared.series[key]
 
 
 def _empty(device: torch.device) -> None:

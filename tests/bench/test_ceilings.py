@@ -1,5 +1,7 @@
 """What cannot be true beside the chip's own ceilings, and how kernels are named."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -127,6 +129,7 @@ def test_what_a_cell_must_move_is_known_of_every_product(monkeypatch, captured):
     def sampler(calls, device):
         if not captured:
             raise RuntimeError("it waits")
+        return SimpleNamespace(last=None)
 
     monkeypatch.setattr(timing, "device_sampler", sampler)
     monkeypatch.setattr(timing, "l2_bytes", lambda device: 3000)
