@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interruption:
         resumes = isinstance(command, Sweep | Train)
-        told = "; what was finished is in the CSV, and --run NAME --resume goes on"
+        told = "; finished problems are in the CSV, and --resume with --run and its name goes on"
         print(f"interrupted{told if resumes else ''}", file=sys.stderr)
         return 128 + (interruption.args or (signal.SIGINT,))[0]
 
@@ -173,7 +173,7 @@ def _plot(command: Plot, console: Console) -> int:
     print_training(rows, console)
     drawn = figures.draw_all(rows, folder) + draw_backends(rows, folder)
     drawn += draw_training(rows, folder)
-    console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False)
+    console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False, markup=False)
     return 0
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 import torch
 from torch._inductor.exc import InductorError
 
-from bench.specs import AUTHOR_ERRORS
+from bench.specs import AUTHOR_ERRORS, OWN_MODULES
 
 # How torch's compiler says "not this shape on this chip"; it wraps any other error, too.
 REFUSALS = (
@@ -50,8 +53,15 @@ def raise_if_lost(device: torch.device) -> None:
 
 
 def one_line(error: BaseException) -> str:
+    """What went wrong, and where in a file of the user's own, if it was there."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    told = f"{type(error).__name__}: {text[:300]}"
+    own = [
+        f"{Path(frame.f_code.co_filename).name}, line {line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith(OWN_MODULES)
+    ]
+    return f"{told} ({own[-1]})" if own else told
 
 
 def no_tiles(block_size: tuple[int, int], error: BaseException) -> str | None:

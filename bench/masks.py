@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from methods.banded import dense_pairs
 
 COLUMNS = 4
 PIXELS = 256
+MOST_PANELS = 16
+PICTURED = Problem(seq_len=1024, head_dim=16, dtype="float32")
 # Dark where a pair takes part; the two part as well in grey.
 COLOURS = LinearSegmentedColormap.from_list("mask", ["#ebebeb", "#12406f"])
 
@@ -48,7 +51,7 @@ def mask_grid(method: Method, p: Problem) -> np.ndarray:
 
 def mask_figure(method: Method, p: Problem, stem: Path) -> list[Path]:
     """STEM.png and STEM.svg: a panel for each head, queries downwards and keys across."""
-    grids = {f"head {h}": grid for h, grid in enumerate(mask_grid(method, p))}
+    grids = {f"head {h}": grid for h, grid in enumerate(mask_grid(method, p)[:MOST_PANELS])}
     parameters = parameters_text(method)
     causal = "causal" if p.causal else "not causal"
     facts = [parameters.replace(",", ", ")] if parameters else []
@@ -105,6 +108,7 @@ def draw_masks(rows: Sequence[Row], folder: Path) -> list[Path]:
     does a method of the user's own, which a results file does not hold.
     """
     sound = [row for row in rows if row.status == "ok"]  # others may need more than there is
+    heads = {row.causal: row.q_heads for row in reversed(sound)}
     measured = dict.fromkeys((row.method, row.params, row.causal) for row in sound)
     presets = [key for key in measured if key[0] in METHODS]
     several = Counter(name for name, _ in {key[:2] for key in presets})
@@ -113,7 +117,7 @@ def draw_masks(rows: Sequence[Row], folder: Path) -> list[Path]:
         label = f"{name}:{parameters}" if parameters else name
         shown = re.sub(r"[^\w=.-]+", "_", label if several[name] > 1 else name)
         stem = folder / f"mask_{shown}{'' if causal else '_not_causal'}"
-        p = Problem(seq_len=1024, q_heads=8, head_dim=16, dtype="float32", causal=causal)
+        p = replace(PICTURED, q_heads=heads[causal], kv_heads=heads[causal], causal=causal)
         if source_file(label) is None:
             with contextlib.suppress(ValueError):
                 written += mask_figure(parse_method(label), p, stem)

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -147,6 +148,7 @@ _HEADER = (",".join(COLUMNS) + "\n").encode()
 # all the same.
 _OLDER = [COLUMNS[: COLUMNS.index(name)] for name in ("model", "recipe", "heads")]
 _TYPES = get_type_hints(Row)
+DIGITS = 1e-5  # as a share: numbers are kept to six digits
 LONGEST = 2**31 - 1  # characters of a field: samples and losses have no limit of their own
 
 
@@ -326,6 +328,13 @@ def _parse(line: bytes, columns: Sequence[str]) -> Row:
         raise ValueError("a time is no positive number")
     if row.rounds and len({*map(int, row.rounds.split(";"))}) != len(row.samples):
         raise ValueError("rounds and samples do not go together")
+    if row.samples and row.median_us is not None:
+        middle = statistics.median(row.samples)
+        if not math.isclose(row.median_us, middle, rel_tol=DIGITS):
+            raise ValueError(f"median_us is {row.median_us:g}; that of the samples is {middle:g}")
+        ends = row.ci_low_us or row.median_us, row.ci_high_us or row.median_us
+        if not ends[0] <= row.median_us <= ends[1]:
+            raise ValueError("median_us lies outside its interval")
     return row
 
 

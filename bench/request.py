@@ -17,6 +17,7 @@ from bench.record import PHASES, ROOT
 from bench.specs import parse_method
 from methods import METHODS, Method, Problem
 
+MOST = 1_000_000  # seconds and rounds: what no run reaches
 FAST = "flash", "varlen", "fa4"  # backends that not every GPU has
 
 
@@ -156,9 +157,10 @@ def _check_scalars(request: Sweep) -> None:
         if phase not in PHASES:
             raise ValueError(f"--phases has {phase!r}; it takes {', '.join(PHASES)}")
     for name in ("rounds", "seconds", "time_limit"):
-        if not getattr(request, name) > 0:
-            given = getattr(request, name)
-            raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be above 0")
+        given = getattr(request, name)
+        if not 0 < given <= MOST:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {given}; it must be above 0, and {MOST} at most")
     if not 0 <= request.seed < 1 << 32:
         raise ValueError(f"--seed is {request.seed}; it must be 0 to {(1 << 32) - 1}")
     check_run_name(request.run)

@@ -19,7 +19,7 @@ AUTHOR_ERRORS = (
     RuntimeError, SyntaxError, TypeError, ValueError,
 )  # fmt: skip
 
-
+OWN_MODULES = "user_methods_"  # with which the names of modules from files of the user's own begin
 _NOTATION = "parameters are written name=value,name=value in Python's notation"
 
 
@@ -105,7 +105,7 @@ def _load(path: Path, name: str) -> Method:
 @lru_cache(maxsize=64)
 def _module(path: Path, changed: int) -> ModuleType:
     """A file of the user's own, run once as long as it does not change."""
-    module_name = f"user_methods_{path.stem}"
+    module_name = OWN_MODULES + path.stem
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up by name

@@ -23,7 +23,6 @@ from bench.record import Environment, Row, Store, code_hash
 from bench.request import Sweep, destination, expand, left_out
 from bench.specs import AUTHOR_ERRORS, parameters_text, parse_method, source_file
 from bench.worker import Worker
-from methods import Problem
 
 CLOCK_ASKED = {"device": "device", "kernels": "device", "host": "host"}
 
@@ -38,11 +37,11 @@ def sweep(request: Sweep, console: Console) -> int:
     csv_path, plots = destination(request.output, groups[0].run, request.resume)
     clockwork = Clockwork()
     with Store(csv_path) as store, _timed(csv_path.with_suffix(".time.csv"), clockwork):
-        console.print(f"run {groups[0].run}: {csv_path}", highlight=False)
+        _say(console, f"run {groups[0].run}: {csv_path}")
         if store.damaged:
-            console.print(f"damaged lines: {store.damaged}, now in {store.aside}", highlight=False)
+            _say(console, f"damaged lines: {store.damaged}, now in {store.aside}")
         if missing := left_out(request):
-            console.print(missing, highlight=False, markup=False)
+            _say(console, missing)
         rows = _measure(request, groups, store, clockwork, console)
         with clockwork.on("report"):
             report.print_report(rows, console)
@@ -65,7 +64,7 @@ def _draw_own_masks(request: Sweep, rows: Sequence[Row], folder: Path) -> list[P
         if (method.name, parameters_text(method)) not in sound:
             continue
         label = re.sub(r"[^\w=.-]+", "_", f"{method.name} {parameters_text(method) or ''}".strip())
-        p = Problem(seq_len=1024, q_heads=8, head_dim=16, dtype="float32")
+        p = replace(masks.PICTURED, q_heads=request.heads[0], kv_heads=request.heads[0])
         with suppress(*AUTHOR_ERRORS):  # it may not fit this problem
             drawn += masks.mask_figure(method, p, folder / f"mask_{label}")
     return drawn
@@ -83,8 +82,10 @@ def _measure(
         with clockwork.on("compile ahead"):
             known = _compile(todo, Memory(worker.environment), request.time_limit, bar)
         task = bar.add_task("measuring", total=sum(len(group.cells) for group in todo))
-        for group in todo:
+        for number, group in enumerate(todo, 1):
             bar.update(task, description=f"measuring {_title(group)}")
+            if not console.is_terminal:  # where no bar is seen to move
+                _say(console, f"measuring {_title(group)}: problem {number} of {len(todo)}")
             measured = worker.measure(group, clockwork)
             for cell in group.cells:
                 about = known.get((group.problem, group.block_size, cell))
@@ -124,6 +125,8 @@ def _compile(todo: list[Group], memory: Memory, time_limit: float, bar: Progress
     if count == 0:
         return {}
     task = bar.add_task("compiling ahead", total=count)
+    if not bar.console.is_terminal:
+        _say(bar.console, f"compiling {count} cells ahead")
     known = compile_ahead(todo, memory, time_limit, lambda: bar.advance(task))
     if missing := count - len(known):
         bar.console.print(f"{missing} of {count} cells were not compiled ahead: see their rows")
@@ -181,6 +184,11 @@ def _say_where(
     csv_path: Path, plots: Path, drawn: int, spent: dict[str, float], console: Console
 ) -> None:
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
-    console.print(f"rows: {csv_path}\nfigures: {plots} ({drawn} files)", highlight=False)
-    console.print(f"time: {sum(spent.values()):.0f} s ({parts})", highlight=False)
+    _say(console, f"rows: {csv_path}\nfigures: {plots} ({drawn} files)")
+    _say(console, f"time: {sum(spent.values()):.0f} s ({parts})")
+
+
+def _say(console: Console, text: str) -> None:
+    """A line as it is: a path may have brackets."""
+    console.print(text, highlight=False, markup=False)
     sys.stdout.flush()

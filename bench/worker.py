@@ -253,4 +253,4 @@ def _serve(connection: Connection, device: str, ceilings: bool) -> None:
 
 
 def _tell(connection: Connection, clockwork: Clockwork, kind: str, *content: object) -> None:
-    connection.send((kind, clockwork.spent, *content))
+    connection.send((kind, clockwork.so_far(), *content))

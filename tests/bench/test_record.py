@@ -233,6 +233,9 @@ def test_a_row_of_very_many_samples_is_read_again(tmp_path):
         ({"samples_us": "1;2;3", "rounds": "1;2"}, "go together"),
         ({"samples_us": "1;2;3", "rounds": "1;2;2"}, "go together"),
         ({"samples_us": "1;2", "rounds": "1;x"}, "invalid literal"),
+        ({"samples_us": "1;2;3", "median_us": 3.0}, "median_us is 3; that of the samples is 2"),
+        ({"samples_us": "1;2;3", "median_us": 2.0, "ci_low_us": 2.5}, "outside its interval"),
+        ({"samples_us": "1;2;3", "median_us": 2.0, "ci_high_us": 1.5}, "outside its interval"),
     ],
 )  # fmt: skip
 def test_times_and_rounds_that_cannot_be_are_damage(tmp_path, change, complaint):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench.failures import one_line
 from bench.specs import parameters_text, parse_method, source_file
 from methods import METHODS
 
@@ -45,6 +46,18 @@ def test_a_method_in_a_file_of_its_own(mine):
     assert (method.name, method.step) == ("every", 3)
     assert source_file(f"{mine}:METHOD:step=3") == mine
     assert source_file("standard") is None
+
+
+def test_an_error_of_an_author_says_where_it_is(mine):
+    bad = parse_method(f"{mine}:METHOD:step=0")
+    mask = bad.mask_mod(None, None)
+    (at,) = (n for n, line in enumerate(MINE.splitlines(), 1) if "return lambda" in line)
+    with pytest.raises(ZeroDivisionError) as caught:
+        mask(0, 0, 4, 2)
+    assert one_line(caught.value).endswith(f"(mine.py, line {at})")
+    with pytest.raises(ValueError) as caught:
+        METHODS["sliding_window"].__class__(window=0)
+    assert "line" not in one_line(caught.value)
 
 
 @pytest.mark.parametrize(

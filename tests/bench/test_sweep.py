@@ -34,6 +34,8 @@ def test_a_sweep_writes_rows_tables_and_figures_and_resumes(tmp_path):
                      ("spattention", "blockwise")}  # fmt: skip
     assert len(rows) == len({(row.method, row.backend, row.phase) for row in rows}) == 12
     assert "spattention" in first.stdout
+    progress = first.stdout.split("spattention")[0].splitlines()
+    assert "measuring N 96, heads 4, dim 16, float32: problem 1 of 1" in progress
     assert list((tmp_path / "plots" / "a").glob("*.png"))
 
     refused = run(*SMALL, "--run", "a", folder=tmp_path)
@@ -137,6 +139,8 @@ METHOD = Mine()
         (["--block-size", "12"], "--block-size has '12'"),
         (["--block-size", "64x"], "--block-size has '64x'"),
         (["--rounds", "0"], "--rounds is 0"),
+        (["--time-limit", "inf"], "--time-limit is inf; it must be above 0, and 1000000 at most"),
+        (["--seconds", "nan"], "--seconds is nan"),
         (["--run", "a/b"], "--run is 'a/b'"),
         (["--resume"], "--resume goes on with a run, so it needs its name: --run NAME"),
         (["train", "--resume"], "so it needs its name: --run NAME"),

@@ -227,6 +227,17 @@ def test_a_problem_that_is_not_measured_to_its_end_has_its_time_counted(group):
     assert clockwork.spent["gate"] > 0
 
 
+def test_what_is_not_done_has_its_time_counted_too():
+    clockwork = Clockwork()
+    with clockwork.on("gate"):
+        pass
+    with clockwork.on("sample"):
+        assert clockwork.spent.keys() == {"gate"}
+        first, then = clockwork.so_far(), clockwork.so_far()
+        assert 0 < first["sample"] < then["sample"]
+    assert clockwork.so_far() == clockwork.spent and clockwork.spent["sample"] > then["sample"]
+
+
 def test_threads_start_workers_side_by_side():
     """Each sets a variable of the environment for a while, and puts it back."""
 
