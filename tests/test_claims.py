@@ -9,9 +9,10 @@ from collections import Counter, defaultdict
 import pytest
 
 from bench.ceilings import Ceilings, Needed, beyond, cold_bytes
+from bench.compare import APART_ON_HOST
 from bench.derived import FLOPS_PER_PAIR, compare
 from bench.paper import MICRO_BENCHMARK
-from bench.readme_proofs import sweep_seconds
+from bench.readme_proofs import host_spread, sweep_seconds, sweeps
 from bench.record import ROOT, read_rows
 from bench.trainings import SPLIT, missed, trainings
 from methods import METHODS
@@ -165,7 +166,8 @@ def test_the_matrix_is_whole_and_right():
     assert len({tuple(x[name] for name in names) for x in cells}) == len(cells)
     assert len(cells) == len(METHODS) * len(DTYPES) * len(HEAD_DIMS) * len(SHAPES) * len(PHASES)
     for x in cells:
-        assert (x["status"] == "ok" and 0 < float(x["error_budget"]) <= 1) or x["limit"], x
+        right = x["status"] == "ok" and 0 < float(x["error_budget"]) <= 1
+        assert right or (x["status"] == "unsupported" and x["limit"]), x
 
 
 def steps(model, n, processes=1):
@@ -196,12 +198,13 @@ def test_a_long_step_reaches_95_percent_of_what_amdahl_allows():
 # On a CPU all that ends a process or spoils a file; on a GPU what its own memory and kernels do.
 KILLS = {"cpu": KINDS.keys() - {"device_assert"},
          "h200": {"device_assert", "oom_fwd", "oom_bwd", "hang"}}  # fmt: skip
-TABLES = [device for device in KILLS if (RESULTS / device / "kills.csv").exists()]
 
 
-@pytest.mark.parametrize("device", TABLES)
+@pytest.mark.parametrize("device", KILLS)
 def test_whatever_was_killed_lost_nothing(device):
-    lines = records(RESULTS / device / "kills.csv")
+    if not (path := RESULTS / device / "kills.csv").exists():
+        pytest.skip("make kills has no committed log of a GPU yet, as the README says")
+    lines = records(path)
     done = [x for x in lines if not x["note"].startswith("skipped")]
     for x in done:
         assert (x["passed"], x["keys_equal"]) == ("True", "True"), x
@@ -228,6 +231,11 @@ def timed_by_the_device():
             bounded = row.clock in ("device", "kernels") and row.phase in FLOPS_PER_PAIR
             if row.status == "ok" and bounded:
                 yield path, row
+
+
+def test_two_runs_of_a_cell_are_nearer_by_the_host_clock_than_compare_takes_for_a_difference():
+    apart = host_spread(sweeps(H200))
+    assert len(apart) > 300 and max(apart) < APART_ON_HOST
 
 
 def test_no_committed_time_is_beyond_the_chip():

@@ -119,7 +119,9 @@ def gated(jobs: Sequence[Group]) -> Iterator[Row]:
 
 
 def limit(row: Row) -> str | None:
-    """What a cell is beyond, by torch's or the harness's reason; None where LIMITS has none."""
+    """What an `unsupported` cell is beyond, by torch's or the harness's reason, or None."""
+    if row.status != "unsupported":
+        return None
     for name, pattern in LIMITS.items():
         if found := re.search(pattern, row.reason or ""):
             sizes = {key: int(x) for key, x in found.groupdict().items()}
@@ -133,12 +135,12 @@ def sound(row: Row) -> bool:
     """Whether a cell is right, or beyond its device by one of LIMITS."""
     if row.status == "ok":
         return row.error_budget <= 1
-    return row.status == "unsupported" and limit(row) is not None
+    return limit(row) is not None
 
 
 def outcome(row: Row) -> str:
     """A cell's status, and the name of the limit that it is beyond."""
-    found = limit(row) if row.status == "unsupported" else None
+    found = limit(row)
     return f"{row.status}, {found}" if found else row.status
 
 
