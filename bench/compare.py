@@ -28,6 +28,7 @@ LIMIT = 1.01  # a factor nearer to 1 than this is no difference
 APART_ON_HOST = 2.5
 # Two runs of one thing should agree this well in medians that are not tiny.
 ALIKE, LONG = 1.02, 50.0
+MOST_LINES = 6  # about cells that only one side has, or that have no time
 STYLES = {"faster": "green", "slower": "red", "same": "dim", "unclear": "yellow"}
 # Columns that go where the terminal is narrow, first to last.
 OPTIONAL = (("A us", "B us"), ("could\nshow",), ("A\ntokens/s", "B\ntokens/s"))
@@ -319,8 +320,15 @@ def _print_notes(notes: Iterable[tuple[str, Key]], console: Console) -> None:
     clocks = _gathered((key, f"{', '.join(p)} by {clock}") for (*key, clock), p in phases.items())
     cells = _gathered(((head, title, by), name) for (head, title, name), by in clocks.items())
     lines = _gathered(((head, by, names), title) for (head, title, by), names in cells.items())
-    for (head, by, names), titles in lines.items():
-        console.print(Text(f"{head}: {', '.join(names)} ({'; '.join(by)}): {'; '.join(titles)}"))
+    told = _gathered(
+        ((head,), f"{', '.join(names)} ({'; '.join(by)}): {'; '.join(titles)}")
+        for (head, by, names), titles in lines.items()
+    )
+    for (head,), texts in told.items():
+        for text in texts[:MOST_LINES]:
+            console.print(Text(f"{head}: {text}"))
+        if len(texts) > MOST_LINES:
+            console.print(Text(f"{head}: {len(texts) - MOST_LINES} more lines of such cells"))
 
 
 def _gathered(items: Iterable[tuple[Iterable, Any]]) -> dict[tuple, tuple]:
