@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.derived import FLOPS_PER_PAIR
+from bench.failures import one_line
+from bench.specs import AUTHOR_ERRORS
 from bench.step_attention import Call, StepAttention
+from bench.text import digest
+from methods import Problem
 
 VOCABULARY = 50304
 ROTARY_BASE = 10000.0
 STANDARD_DEVIATION = 0.02  # of initial weights
+SIZES = "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"
+PREFIX = "measured_"  # of the names of attention that transformers hears of
+# How configs call the experts that a token takes.
+CHOSEN = "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,13 @@ class Model:
 
     def shortened(self, layers: int) -> Model:
         """The same model with so many layers."""
-        config = self.config and self.config | {"num_hidden_layers": layers}
+
+        def cut(value: Any) -> Any:
+            by_layer = isinstance(value, list) and len(value) == self.layers
+            return value[:layers] if by_layer else value
+
+        config = self.config and {name: cut(value) for name, value in self.config.items()}
+        config = config and config | {"num_hidden_layers": layers}
         return replace(self, layers=layers, config=config)
 
 
@@ -67,11 +81,11 @@ MODELS = {
 
 
 def model_of_file(path: Path) -> Model:
-    """The model of a transformers config.json, named after the file.
+    """The model of a transformers config.json, named after the file and what it holds.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no config of a causal language model that the suite can train.
+        ValueError: it is no config of a language model; `check` says whether one can train here.
     """
     try:
         values = json.loads(path.read_text())
@@ -79,43 +93,33 @@ def model_of_file(path: Path) -> Model:
         raise ValueError(f"--model-config {path}: not JSON ({error})") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"--model-config {path}: no model_type, which names the architecture")
-    config = _config(values, f"--model-config {path}")
-    if why := _refusal(config):
-        raise ValueError(f"--model-config {path}: {why}")
+    try:
+        config = _config(values)
+    except Exception as error:  # a config of transformers raises errors of many libraries
+        told = f"transformers does not take it ({one_line(error)})"
+        raise ValueError(f"--model-config {path}: {told}") from None
+    if config.is_encoder_decoder:
+        raise ValueError(f"--model-config {path}: an encoder-decoder; it must be a decoder alone")
+    for name in SIZES:
+        if not isinstance(size := getattr(config, name, None), int) or size < 1:
+            raise ValueError(f"--model-config {path}: {name} is {size!r}; it must be above 0")
     heads = config.num_attention_heads
     return Model(
-        path.stem, config.num_hidden_layers, heads,
+        f"{path.stem}@{digest(path)}", config.num_hidden_layers, heads,
         getattr(config, "num_key_value_heads", None) or heads, config.hidden_size,
         getattr(config, "head_dim", None) or config.hidden_size // heads, config.vocab_size,
         values,
     )  # fmt: skip
 
 
-def _config(values: dict[str, Any], source: str) -> Any:
-    from transformers import AutoConfig
+def _config(values: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, logging
 
+    logging.set_verbosity_error()  # what is wrong with a config is one line of this suite's
     fixed = {"use_cache": False, "attention_dropout": 0.0}
     fixed |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     others = {name: value for name, value in values.items() if name != "model_type"}
-    try:
-        return AutoConfig.for_model(values["model_type"], **others | fixed)
-    except (KeyError, TypeError, ValueError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise ValueError(f"{source}: transformers does not take it ({text})") from None
-
-
-def _refusal(config: Any) -> str | None:
-    """Why the attention of a config is not a plain causal call, or None."""
-    fields = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-    if missing := [name for name in fields if not isinstance(getattr(config, name, None), int)]:
-        return f"it has no {', '.join(missing)}"
-    if config.is_encoder_decoder:
-        return "an encoder-decoder has cross attention, which is not honoured"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "it has a sliding window of its own; a method takes its place, so set it to null"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "it caps its scores, which is not honoured"
-    return None
+    return AutoConfig.for_model(values["model_type"], **others | fixed)
 
 
 class LanguageModel(nn.Module):
@@ -181,58 +185,116 @@ def build(
             layers = body.layers
         else:
             body, head, layers = _of_transformers(model, attention, dtype)
-    return LanguageModel(body, head, layers, _active_weights(body, head, model))
+    return LanguageModel(body, head, layers, _active_weights(body, head))
+
+
+def check(model: Model, p: Problem) -> LanguageModel:
+    """The model without its weights, after a forward that made one call of attention a layer.
+
+    Raises:
+        ValueError: its calls are others, or it cannot run at this size.
+    """
+    shapes = [(p.batch, heads, p.seq_len, p.head_dim) for heads in (p.q_heads, p.kv_heads)]
+    wanted, calls = [shapes[0], shapes[1], shapes[1]], 0
+
+    def count(*tensors: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if (given := [tuple(x.shape) for x in tensors]) != wanted:
+            raise ValueError(f"its attention is called with q, k, v of {given}, not of {wanted}")
+        return tensors[0]
+
+    nowhere = torch.device("meta")
+    try:
+        # In the type that products of experts take there; shapes are the same in another.
+        found = build(model, count, p.seq_len, torch.bfloat16, nowhere, 0)
+        _check_positions(found.body, p.seq_len)
+        found.hidden(torch.zeros(p.batch, p.seq_len, dtype=torch.long, device=nowhere))
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+    except AUTHOR_ERRORS as error:
+        if isinstance(error, KeyError) and PREFIX in str(error):
+            raise ValueError("it takes no attention but its own") from None
+        told = one_line(error)
+        raise ValueError(f"it does not run with its attention replaced ({told})") from None
+    if calls != model.layers:
+        raise ValueError(
+            f"its {model.layers} layers call the attention that is to be measured {calls} times; "
+            "each must call it once"
+        )
+    return found
+
+
+def _check_positions(body: nn.Module, seq_len: int) -> None:
+    """Raises ValueError where positions are learned or tabled, and not so many."""
+    config = getattr(body, "config", None)
+    most = getattr(config, "max_position_embeddings", None)
+    rotary = any("Rotary" in type(module).__name__ for module in body.modules())
+    if most and not rotary and seq_len > most:
+        raise ValueError(f"N = {seq_len} is given; it has positions for {most} tokens alone")
 
 
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _active_weights(body: nn.Module, head: nn.Linear, model: Model) -> int:
-    """Embeddings are looked up; of a layer's experts, which lie in one tensor, some take part."""
-    config = model.config or {}
-    experts = config.get("num_experts") or config.get("num_local_experts") or 1
-    share = (config.get("num_experts_per_tok") or 1) / experts
+def _active_weights(body: nn.Module, head: nn.Linear) -> int:
+    """Embeddings are looked up; of a layer's experts, which lie in one tensor, some take part.
+
+    Raises:
+        ValueError: nothing says how many.
+    """
     tables = {id(x.weight) for x in body.modules() if isinstance(x, nn.Embedding)}
-    count = sum(
-        x.numel() * (share if x.ndim == 3 else 1)
-        for x in body.parameters()
-        if x.ndim > 1 and id(x) not in tables and x is not head.weight
-    )
-    return round(count) + head.weight.numel()
+    weights = [
+        x for x in body.parameters() if x.ndim > 1 and id(x) not in tables and x is not head.weight
+    ]
+    chosen = None
+    if any(x.ndim == 3 for x in weights):
+        given = (getattr(body.config, name, None) for name in CHOSEN)
+        if (chosen := next(filter(None, given), None)) is None:
+            raise ValueError(f"it has weights as of experts, but no {CHOSEN[0]}")
+    count = sum(x.numel() // len(x) * chosen if x.ndim == 3 else x.numel() for x in weights)
+    return count + head.weight.numel()
 
 
 def _of_transformers(
     model: Model, attention: Call, dtype: torch.dtype
 ) -> tuple[nn.Module, nn.Linear, nn.ModuleList]:
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
 
-    # A name of its own: models look it up at every call.
-    name = f"measured_{id(attention)}"
-    AttentionInterface.register(name, partial(_interface, attention))
-    AttentionMaskInterface.register(name, _no_mask)
-    config = _config(model.config, model.name)
+    from methods.huggingface import UNHEARD
+
+    # A name of its own: models look it up at every call. For a name without a mask they make none.
+    name = f"{PREFIX}{id(attention)}"
+    unheard = (*UNHEARD, "sliding_window")
+    AttentionInterface.register(name, partial(_interface, attention, unheard))
+    config = _config(model.config)
     whole = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
     body = whole.base_model
-    layers = next(
-        x for x in body.modules() if isinstance(x, nn.ModuleList) and len(x) == model.layers
-    )
+    lists = (x for x in body.modules() if isinstance(x, nn.ModuleList))
+    if (layers := next((x for x in lists if len(x) == model.layers), None)) is None:
+        raise ValueError(f"it has no list of {model.layers} layers")
     return body.train(), whole.get_output_embeddings(), layers
 
 
 def _interface(
-    attention: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-    attention_mask: None = None, scaling: float | None = None, **_: Any,
+    attention: Call, unheard: Iterable[str], module: nn.Module, query: Tensor, key: Tensor,
+    value: Tensor, attention_mask: None = None, scaling: float | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """A layer's call, as transformers makes it: -> [B, N, Hq, D]."""
+    """A layer's call, as transformers makes it: -> [B, N, Hq, D].
+
+    Raises:
+        ValueError: it has an option that no method hears of.
+    """
+    if asked := [name for name in unheard if options.get(name) is not None]:
+        raise ValueError(
+            f"its attention has {', '.join(asked)}, which no method honours: turn that off in the "
+            "config, if it can be"
+        )
     factor = 1.0 if scaling is None else scaling * math.sqrt(query.shape[-1])
     if not math.isclose(factor, 1):
         query = query * factor
     return attention(query, key, value).transpose(1, 2).contiguous(), None
-
-
-def _no_mask(**_: Any) -> None:
-    """Every method draws its own mask, and nothing is padded."""
 
 
 class Decoder(nn.Module):

@@ -75,6 +75,12 @@ class Ranks:
             self.store.set(name, json.dumps(value))
         return json.loads(self.store.get(name))
 
+    def end(self, status: int) -> None:
+        """Says how rank 0 ended, to ranks that wait for it or have not heard what to do."""
+        if self.store is not None:
+            self.store.set("todo", "[]")
+            self.store.set("status", str(status))
+
     def tell(self, cell: int, status: str, reason: str) -> None:
         """Says that this rank failed in a cell."""
         if self.store is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from bench import paper
@@ -11,13 +11,14 @@ from bench.derived import BASELINE, Cell, in_order
 from bench.docstrings import Source
 from bench.figures import Value
 from bench.paper_speeds import EAGER, TABLE_2_MODEL, UNCOMPILED_MODEL
+from bench.readme_speeds import WIDE
 from bench.record import Row
 from bench.report import NOTHING, labels, quantity
 from bench.step_attention import IDENTITY
 from bench.tables import markdown, read_table
 from bench.train_figures import figure_name
-from bench.train_report import remarks, title
-from bench.trainings import SPLIT, Training, fall, missed, scaling, tokens_per_s, trainings
+from bench.train_report import failure, remarks, title
+from bench.trainings import SPLIT, Training, fall, latest, missed, scaling, tokens_per_s, trainings
 
 # Tokens/s of the same model in steps of 32768 tokens, by method, kind of backend and N: the least
 # that an earlier prototype reached on one H200 (driver 580.159, torch 2.11.0, Triton 3.6).
@@ -30,6 +31,7 @@ PROTOTYPE = {
     ("spattention", "flex", 32768): 406_800,
 }  # fmt: skip
 PROTOTYPE_TOKENS = 32768
+INTERVALS = f", with its 99 % interval where that is wider than {WIDE:.0%} or holds 1"
 # What `spattention` was to reach at this N: over the fastest dense step, and of Amdahl's figure.
 AIM_LENGTH, AIM_SPEEDUP, AIM_OF_AMDAHL = 32768, 2.2, 0.95
 
@@ -65,35 +67,30 @@ def training_summary(rows: Sequence[Row]) -> str:
     ]
     methods = in_order(cell.method for x in found for cell in x.cells)
     methods.sort(key=lambda name: name == IDENTITY.name)
-    lines = [(f"`{name}`", *(_fastest_step(x, name) for x in found)) for name in methods]
+    best = {(name, x): _fastest_step(x, name) for name in methods for x in found}
+    lines = [
+        (f"`{name}`", *(_on_backend(x, best[name, x]) for x in found)) for name in methods
+    ]  # fmt: skip
     heads = ("method", *(f"N = {x.head.seq_len}" for x in found))
+    notes = _notes([(x, cell) for (_, x), cell in best.items() if cell])
     caption = (
         f"Tokens/s of training steps, each method on its fastest backend; in brackets over "
-        f"`{BASELINE}` on its own. `{IDENTITY.name}` is q + k + v in place of attention: no "
-        f"method gets above it. {_titles(found)}."
+        f"`{BASELINE}` on its own{INTERVALS}. `{IDENTITY.name}` is q + k + v in place of "
+        f"attention: no method gets above it. {_titles(found)}.{notes}"
     )
     return "\n".join([*markdown(heads, lines, numbers=range(1, len(heads))), "", caption])
 
 
-def _fastest_step(found: Training, method: str) -> str:
+def _fastest_step(found: Training, method: str) -> Cell | None:
     timed = [cell for cell in found.cells if cell.method == method and found.us(cell)]
-    if not timed:
+    return min(timed, key=found.us, default=None)
+
+
+def _on_backend(found: Training, cell: Cell | None) -> str:
+    if cell is None:
         return NOTHING
-    best = min(timed, key=found.us)
-    where = "" if method == IDENTITY.name else f", {best.backend}"
-    return f"{_rate(found, best, memory=False)}{where}"
-
-
-def latest(found: Sequence[Training]) -> list[Training]:
-    """Of trainings that differ in their recipe alone, the one measured last; by N and so on."""
-    by_time = sorted(found, key=lambda x: x.measured)
-    kept = {_column(x.head): x for x in by_time}
-    return sorted(kept.values(), key=lambda x: (x.head.world_size, x.head.seq_len))
-
-
-def _column(row: Row) -> tuple:
-    names = "device", "model", "data", "world_size", "batch", "seq_len", "dtype"
-    return tuple(getattr(row, name) for name in names)
+    where = "" if cell.method == IDENTITY.name else f", {cell.backend}"
+    return f"{_rate(found, cell, memory=False)}{where}"
 
 
 def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = False) -> str:
@@ -121,13 +118,14 @@ def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = F
         numbers=range(2, 2 + len(columns)),
     )
     caption = (
-        f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend"
+        f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend{INTERVALS}"
         f"{'; memory at the peak of a step' if memory else ''}. "
         f"`{IDENTITY.name}` is q + k + v in place of attention."
     )
     if len(columns) > len(found):
         caption += " Scaling: tokens/s over those of one process times processes."
-    return "\n".join([*table, "", f"{caption} {_titles(found)}.{_amiss(found)}"])
+    notes = _notes([(x, cell) for x in found for cell in _cells([x])])
+    return "\n".join([*table, "", f"{caption} {_titles(found)}.{notes}"])
 
 
 def _cells(found: Sequence[Training]) -> list[Cell]:
@@ -141,19 +139,26 @@ def _titles(found: Sequence[Training]) -> str:
     return "; ".join(dict.fromkeys(title(x.head, length=False) for x in found))
 
 
-def _amiss(found: Sequence[Training]) -> str:
-    """Which steps their two parts miss by more than they may."""
-    told = [
-        f"{share:+.1%} `{cell.label}` on {cell.backend}, {_head(x.head, found)}"
-        for x in found
-        for cell in _cells([x])
-        if abs(share := missed(x.rows[cell]) or 0) > SPLIT
-    ]
-    if not told:
-        return ""
-    return (
+def _notes(shown: Iterable[tuple[Training, Cell]]) -> str:
+    """Why cells have no figure, and which steps their two parts miss by more than they may."""
+    cells = dict.fromkeys(shown)
+    found = list(dict.fromkeys(x for x, _ in cells))
+    several = len({x.head.model for x in found}) > 1
+    failed, amiss = [], []
+    for x, cell in cells:
+        row = x.rows[cell]
+        place = f"`{cell.label}` on {cell.backend}, {_head(row, found)}"
+        place += f", {row.model}" if several else ""
+        if row.status != "ok":
+            failed.append(f"{place} ({failure(row)})")
+        elif abs(share := missed(row) or 0) > SPLIT:
+            amiss.append(f"{share:+.1%} {place}")
+    told = f" Without a figure: {'; '.join(failed)}." if failed else ""
+    if not amiss:
+        return told
+    return told + (
         f" A step that CUPTI splits should take what others take, to {SPLIT:.0%}; it takes less "
-        f"(+) or more by: {'; '.join(told)}."
+        f"(+) or more by: {'; '.join(amiss)}."
     )
 
 
@@ -178,7 +183,16 @@ def _rate(found: Training, cell: Cell, memory: bool, over: Cell | None = None) -
         return row.status if row else NOTHING
     gain = found.speedup(cell, over)
     held = f", {row.peak_bytes / 2**30:.1f} GiB" if memory and row.peak_bytes else ""
-    return quantity(rate.y) + (f" ({gain.y:.2f}x)" if gain else "") + held
+    itself = cell == (over or found.dense)
+    return quantity(rate.y) + (f" ({_times(gain, itself)})" if gain else "") + held
+
+
+def _times(gain: Value, itself: bool) -> str:
+    """A speed-up, with its interval where that is wide, or where it may be none."""
+    if itself or not (gain.low and gain.high):
+        return f"{gain.y:.2f}x"
+    unsure = gain.high / gain.low > 1 + WIDE or gain.low <= 1 <= gain.high
+    return f"{gain.y:.2f}x" + (f", {gain.low:.2f} to {gain.high:.2f}" if unsure else "")
 
 
 def _scaling(row: Row | None, rows: Sequence[Row]) -> str:
@@ -257,22 +271,7 @@ def _verdict(value: Value, aim: float) -> str:
 
 def paper_setting(found: Sequence[Training]) -> Iterator[str]:
     """The paper's Table 2: attention not compiled, as released, and compiled, beside its rates."""
-    at = 1, paper.TABLE_2_ATTENTION.seq_len
-    here = [x for x in found if (x.head.world_size, x.head.seq_len) == at]
-    as_released = [x for x in here if x.head.model == UNCOMPILED_MODEL]
-    compiled = [x for x in here if x.head.model == TABLE_2_MODEL]
-    shapes = {_shape(x.head) for x in as_released}  # of so many tokens where there are any
-    compiled = [x for x in compiled if _shape(x.head) in shapes] or compiled[-1:]
-    columns = [
-        (f"`{backend}`{note}", x, backend)
-        for chosen, backends, note in (
-            (as_released, (EAGER, "flex"), ""),
-            (compiled, ("flex",), ", the model compiled"),
-        )
-        for x in chosen
-        for backend in backends
-        if any(cell.backend == backend for cell in x.cells)
-    ]
+    columns = _paper_columns(found)
     if not any(x.head.model == UNCOMPILED_MODEL for _, x, _ in columns):
         return
     theirs = _paper_rates()
@@ -283,15 +282,43 @@ def paper_setting(found: Sequence[Training]) -> Iterator[str]:
          theirs.get(name, NOTHING))
         for name in methods
     ]  # fmt: skip
-    heads = ("method", *(name for name, *_ in columns), "the paper, 4 x A100")
+    notes = _notes(
+        (x, cell)
+        for _, x, backend in columns
+        for cell in _cells([x])
+        if cell.method in methods and cell.backend in (backend, IDENTITY.name)
+    )
+    titles = _titles([x for _, x, _ in columns])
+    theirs = f"the paper, {paper.TABLE_2_GPUS} x {paper.TABLE_2_GPU}"
+    heads = ("method", *(name for name, *_ in columns), theirs)
     yield "#### The paper's setting"
     yield "\n".join(markdown(heads, lines))
     yield (
-        f"Tokens/s; in brackets over `{BASELINE}` in the same column. `{EAGER}` is FlexAttention "
-        "as the released code calls it, not compiled, and `flex` the same call compiled, in a "
-        f"model that is not. `{IDENTITY.name}`, q + k + v in place of attention, is the ceiling: "
-        f"no attention gets above it. {_titles([x for _, x, _ in columns])}."
+        f"Tokens/s; in brackets over `{BASELINE}` in the same column{INTERVALS}. `{EAGER}` is "
+        "FlexAttention as the released code calls it, not compiled, and `flex` the same call "
+        f"compiled, in a model that is not. `{IDENTITY.name}`, q + k + v in place of attention, "
+        f"is the ceiling: no attention gets above it. {titles}.{notes}"
     )
+
+
+def _paper_columns(found: Sequence[Training]) -> list[tuple[str, Training, str]]:
+    """Headings, trainings and backends."""
+    at = 1, paper.TABLE_2_ATTENTION.seq_len
+    here = [x for x in found if (x.head.world_size, x.head.seq_len) == at]
+    as_released = [x for x in here if x.head.model == UNCOMPILED_MODEL]
+    compiled = [x for x in here if x.head.model == TABLE_2_MODEL]
+    shapes = {_shape(x.head) for x in as_released}  # of so many tokens where there are any
+    compiled = [x for x in compiled if _shape(x.head) in shapes] or compiled[-1:]
+    return [
+        (f"`{backend}`{note}", x, backend)
+        for chosen, backends, note in (
+            (as_released, (EAGER, "flex"), ""),
+            (compiled, ("flex",), ", the model compiled"),
+        )
+        for x in chosen
+        for backend in backends
+        if any(cell.backend == backend for cell in x.cells)
+    ]
 
 
 def _paper_rates() -> dict[str, str]:
@@ -333,6 +360,7 @@ def loss_tables(found: Sequence[Training], results: Path, plots: Path) -> Iterat
             f"Mean losses of the first and the last {', '.join(map(str, sorted(steps)))} steps "
             "after the warm-up, from the same seed; one falls where the last lies below the first "
             f"by three standard errors. {title(x.head)}.{_sources(x.head.data, results)}"
+            f"{_notes((x, cell) for cell in cells if x.rows[cell].status == 'ok')}"
         )
 
 

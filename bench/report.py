@@ -91,11 +91,10 @@ class BoardTable:
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
         columns = [column for column in _columns(self.board, self.tokens) if not column.empty]
-        unbounded = options.update(max_width=1000)
         for lowest in sorted({column.keep for column in columns}):
             shown = [column for column in columns if column.keep >= lowest]
             table = _table(self.board, shown)
-            if Measurement.get(console, unbounded, table).maximum <= options.max_width:
+            if fits(table, console, options):
                 break
         yield Text(problem_title(self.board.head, without=["device"]), style="bold")
         yield Text(self._subtitle(), style="dim")
@@ -109,6 +108,12 @@ class BoardTable:
         clock = self.board.head.clock
         tokens = f", tokens/s by the {clock} clock" if self.tokens and clock != "device" else ""
         return f"{clock} clock{tokens} · {self.board.head.device}"
+
+
+def fits(table: Table, console: Console, options: ConsoleOptions) -> bool:
+    """Whether nothing of a table is cut or wrapped at a width."""
+    unbounded = options.update(max_width=1000)
+    return Measurement.get(console, unbounded, table).maximum <= options.max_width
 
 
 def problem_title(row: Row, *, without: Container[str] = ()) -> str:

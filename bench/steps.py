@@ -136,7 +136,7 @@ def run_job(job: Job, world: World, announce: Callable[[str], None]) -> list[Row
     rows: list[Row] = []
     if prepared.method != IDENTITY:
         announce("the gate")
-        rows = _call_rows(job, machine, announce)
+        rows = _call_rows(job, world.size, machine, announce)
         timing.release()  # a step's peak is the model's own
         prepared.facts |= {name: getattr(rows[0], name) for name in GATE}
         if why := _no_step(rows, world, device):
@@ -160,7 +160,9 @@ def _no_step(rows: Sequence[Row], world: World, device: torch.device) -> tuple[s
     return (worst, "attention by itself, on another rank") if worst != "ok" else None
 
 
-def _call_rows(job: Job, machine: Machine, announce: Callable[[str], None]) -> list[Row]:
+def _call_rows(
+    job: Job, world_size: int, machine: Machine, announce: Callable[[str], None]
+) -> list[Row]:
     """The attention call at the model's own shape, judged and timed as a sweep does it.
 
     But never by CUPTI: the steps that follow in this process would take longer.
@@ -170,7 +172,7 @@ def _call_rows(job: Job, machine: Machine, announce: Callable[[str], None]) -> l
         cupti=False,
     )  # fmt: skip
     measured = measure_group(group, machine, lambda _: announce("the gate"), Clockwork())
-    return measured.rows[job.cell]
+    return [replace(row, **_about(job, world_size)) for row in measured.rows[job.cell]]
 
 
 def compile_bytes(job: Job) -> int:

@@ -17,7 +17,16 @@ def text_name(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    return f"{path.name}@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    return f"{path.name}@{digest(path)}"
+
+
+def digest(path: Path) -> str:
+    """The start of the hash of what a file holds.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
 
 def read_text(path: Path, seq_len: int, vocabulary: int) -> Tensor:

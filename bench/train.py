@@ -12,21 +12,31 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from bench.ahead import room, side_by_side
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group, rows_of
 from bench.derived import BASELINE
-from bench.models import MODELS, Model, build, model_of_file, parameters, with_options
+from bench.models import (
+    MODELS,
+    LanguageModel,
+    Model,
+    check,
+    model_of_file,
+    parameters,
+    with_options,
+)  # fmt: skip
 from bench.ranks import Apart, JobFailed, Ranks
 from bench.record import STEP, Environment, Row, Store, code_hash, environment
-from bench.request import FAST, check_resumed, check_run_name, destination, named_device
+from bench.request import FAST, MOST, check_resumed, check_run_name, destination, named_device
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
 from bench.steps import Job, compile_bytes, compile_first, method_of, unfinished
 from bench.text import read_text, text_name
 from bench.train_figures import draw_training
 from bench.train_report import one_line, print_training
+from bench.trainings import job_of
 from bench.worker import SPAWN, set_up_beside
 from methods import METHODS, Problem
 
@@ -74,10 +84,10 @@ class Train:
     compiled: bool = True
     """Compile the model; without it, flex is still compiled on its own."""
     shard: bool | None = None
-    """On several GPUs FSDP2 in place of DDP; default for models of a billion parameters or
-    more."""
+    """True: on several GPUs FSDP2 in place of DDP. False: DDP. Default FSDP2 for models of a
+    billion parameters or more."""
     device: str | None = None
-    """cpu or cuda:0; by default a GPU where there is one, and its own for every rank."""
+    """cpu or cuda:0; by default a GPU where there is one, and its own for every process."""
     time_limit: float = 900.0
     """Seconds without progress after which a cell is given up."""
     seed: int = 0
@@ -101,16 +111,19 @@ def train(request: Train, console: Console) -> int:
     jobs = expand(request, ranks)
     if ranks.rank > 0:
         return _follow(jobs, request, ranks)
-    path, plots = destination(request.output, jobs[0].group.run, request.resume)
-    _introduce(jobs[0], ranks, console)
-    with Store(path) as store:
-        rows = _Run(jobs, request, ranks, store, console).measure()
-    status = 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
-    if ranks.store is not None:  # the others wait for it, and need not for figures
-        ranks.store.set("status", str(status))
+    status = 1
+    try:
+        path, plots = destination(request.output, jobs[0].group.run, request.resume)
+        _introduce(jobs[0], ranks, console)
+        with Store(path) as store:
+            rows = _Run(jobs, request, ranks, store, console).measure()
+        status = 1 if any(row.status in ("mismatch", "crash") for row in rows) else 0
+    finally:
+        ranks.end(status)  # the others wait for it, and need not for figures
     print_training(rows, console)
     drawn = draw_training(rows, plots)
-    console.print(f"rows: {path}\nfigures: {plots} ({len(drawn)} files)", highlight=False)
+    told = f"rows: {path}\nfigures: {plots} ({len(drawn)} files)"
+    console.print(told, highlight=False, markup=False)
     return status
 
 
@@ -122,25 +135,17 @@ def expand(request: Train, ranks: Ranks) -> list[Job]:
     """
     check_resumed(request.run, request.resume)
     _check(request)
-    model = _model(request)
-    device = named_device(request.device)
-    if device.type == "cuda" and ranks.size > 1:
-        device = named_device(f"cuda:{ranks.local}")
-    size = parameters(_on_meta(model))
+    model, device = _model(request), _device(request, ranks)
     data = text_name(request.text) if request.text else "random"
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     run = request.run or f"train-{model.name.replace(' ', '-')}-{stamp}"
     check_run_name(run)
-    tokens = request.tokens or (32768 if device.type == "cuda" else 2048)
+    problems = [_problem(request, model, device, n) for n in dict.fromkeys(request.seq_len)]
+    size = parameters(_checked(request, model, max(problems, key=lambda p: p.seq_len)))
     jobs = []
-    for n in dict.fromkeys(request.seq_len):
-        problem = Problem(
-            batch=_sequences(tokens, n), q_heads=model.heads, kv_heads=model.kv_heads,
-            seq_len=n, head_dim=model.head_dim,
-            dtype="bfloat16" if device.type == "cuda" else "float32",
-        )  # fmt: skip
+    for problem in problems:
         if request.text:
-            read_text(request.text, n, model.vocabulary)
+            read_text(request.text, problem.seq_len, model.vocabulary)
         for cell in _cells(request, device):
             group = Group(
                 problem=problem, block_size=BLOCK, cells=(cell,), phases=(STEP,),
@@ -160,8 +165,35 @@ def _job(request: Train, group: Group, model: Model, size: int, data: str) -> Jo
     )  # fmt: skip
 
 
+def _device(request: Train, ranks: Ranks) -> torch.device:
+    """That of this rank."""
+    if ranks.size > 1 and ":" in (request.device or ""):
+        raise ValueError(
+            f"--device is {request.device!r}; under torchrun every process takes a GPU of its "
+            "own, so leave it out, or give cuda or cpu"
+        )
+    device = named_device(request.device)
+    several = device.type == "cuda" and ranks.size > 1
+    return named_device(f"cuda:{ranks.local}") if several else device
+
+
+def _problem(request: Train, model: Model, device: torch.device, seq_len: int) -> Problem:
+    on_gpu = device.type == "cuda"
+    tokens = request.tokens or (32768 if on_gpu else 2048)
+    if seq_len < 1 or tokens % seq_len:
+        raise ValueError(f"--tokens is {tokens}; it must be a multiple of --seq-len {seq_len}")
+    return Problem(
+        batch=tokens // seq_len, q_heads=model.heads, kv_heads=model.kv_heads, seq_len=seq_len,
+        head_dim=model.head_dim, dtype="bfloat16" if on_gpu else "float32",
+    )  # fmt: skip
+
+
 def _check(request: Train) -> None:
-    for name in ("steps", "warmup", "time_limit", "learning_rate", "tokens"):
+    for name in ("steps", "warmup", "time_limit"):
+        if not 0 < (given := getattr(request, name)) <= MOST:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {given}; it must be above 0, and {MOST} at most")
+    for name in ("learning_rate", "tokens"):
         given = getattr(request, name)
         if given is not None and not given > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be above 0")
@@ -184,15 +216,12 @@ def _model(request: Train) -> Model:
     )
 
 
-def _on_meta(model: Model) -> torch.nn.Module:
+def _checked(request: Train, model: Model, p: Problem) -> LanguageModel:
     """The model without its weights, which can be counted all the same."""
-    return build(model, lambda q, k, v: v, 1, torch.bfloat16, torch.device("meta"), 0)
-
-
-def _sequences(tokens: int, seq_len: int) -> int:
-    if seq_len < 1 or tokens % seq_len:
-        raise ValueError(f"--tokens is {tokens}; it must be a multiple of --seq-len {seq_len}")
-    return tokens // seq_len
+    try:
+        return check(model, p)
+    except ValueError as error:
+        raise ValueError(f"--model-config {request.model_config}: {error}") from None
 
 
 def _cells(request: Train, device: torch.device) -> list[Cell]:
@@ -223,15 +252,15 @@ def _default_backends(device: torch.device) -> tuple[str, ...]:
 
 
 def _introduce(job: Job, ranks: Ranks, console: Console) -> None:
-    model = _on_meta(job.model)
+    model = check(job.model, job.group.problem)
     processes = ""
     if ranks.size > 1:
         processes = f" · {ranks.size} processes, {'FSDP2' if job.shard else 'DDP'}"
     console.print(
         f"{job.model.name}: {parameters(model):,} parameters, {model.active_weights:,} of them in "
         f"the products of one token · {job.group.problem.dtype}{processes}",
-        highlight=False,
-    )
+        highlight=False, markup=False,
+    )  # fmt: skip
 
 
 def _follow(jobs: Sequence[Job], request: Train, ranks: Ranks) -> int:
@@ -254,6 +283,17 @@ def _apart(jobs: Sequence[Job], ranks: Ranks) -> Apart:
     return Apart(ranks, ahead=jobs[0].group.device != "cpu")
 
 
+def _put(rows: list[Row], finished: list[Row], store: Store) -> list[Row]:
+    """All rows, on disk: finished ones replace what was there of the same cell."""
+    fresh = {job_of(row) for row in finished}
+    kept = [row for row in rows if job_of(row) not in fresh]
+    if len(kept) == len(rows):
+        store.append(finished)
+    else:
+        store.replace(kept + finished)
+    return kept + finished
+
+
 @dataclass(frozen=True)
 class _Run:
     """The cells of a run, one after another, and where their rows go."""
@@ -269,14 +309,20 @@ class _Run:
         with ProcessPoolExecutor(1, SPAWN) as pool:  # the device is not for this process
             device = torch.device(self.jobs[0].group.device)
             env = pool.submit(environment, device).result()
-        rows = list(self.store.rows)
+        rows = self.store.rows
         todo = [k for k, job in enumerate(self.jobs) if not self._complete(job, rows, env)]
         self._compile([self.jobs[number] for number in todo])
         with _apart(self.jobs, self.ranks) as apart:
             for number in self.ranks.agree("todo", todo):
-                measured, lost = self._one(number, apart, env)
-                self.store.append(measured)
-                rows += measured
+                try:
+                    measured, lost = self._one(number, apart, env)
+                except KeyboardInterrupt as stop:
+                    # torchrun ends the ranks that are left by SIGTERM; Ctrl-C is SIGINT.
+                    if self.ranks.size > 1 and stop.args:
+                        # Beside what an earlier run may have measured: nothing is lost for it.
+                        self.store.append(self._failed(self.jobs[number], env, "crash", ENDED))
+                    raise
+                rows = _put(rows, measured, self.store)
                 self._say(measured[-1])
                 if lost and self.ranks.size > 1:
                     break  # a rank is gone, and maybe its device
@@ -298,20 +344,15 @@ class _Run:
         """Rows of a cell, and whether a process of it died."""
         job, limit = self.jobs[number], self.request.time_limit
         p, cell = job.group.problem, job.cell
-        title = f"N {p.seq_len}, {cell.method}, {cell.backend}"
+        title = escape(f"N {p.seq_len}, {cell.method}, {cell.backend}")
         with self.console.status(title) as status:
             try:
                 return apart.run(
-                    job, number, limit, lambda text: status.update(f"{title}: {text}")
+                    job, number, limit, lambda text: status.update(f"{title}: {escape(text)}")
                 ), False
             except JobFailed as failure:
                 rows = self._failed(job, env, failure.status, failure.reason)
                 return rows, failure.status in ("crash", "timeout")
-            except KeyboardInterrupt as stop:
-                # torchrun ends the ranks that are left by SIGTERM; a person's Ctrl-C is SIGINT.
-                if self.ranks.size > 1 and stop.args:
-                    self.store.append(self._failed(job, env, "crash", ENDED))
-                raise
 
     def _failed(self, job: Job, env: Environment, status: str, reason: str) -> list[Row]:
         return rows_of(job.group, env, unfinished(job, self.ranks.size, status, reason), None)
@@ -335,7 +376,5 @@ class _Run:
         )
 
     def _say(self, row: Row) -> None:
-        told = one_line(row)
-        self.console.print(
-            f"N {row.seq_len}  {row.method}  {row.backend}: {told}", highlight=False
-        )
+        told = f"N {row.seq_len}  {row.method}  {row.backend}: {one_line(row)}"
+        self.console.print(told, highlight=False, markup=False)

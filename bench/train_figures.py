@@ -32,7 +32,8 @@ def draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
     grouped: dict[tuple, list[Training]] = {}
     for training in trainings(rows):
         head = training.head
-        key = _stem(head), head.device, head.dtype, head.data, head.recipe
+        machine = head.device, head.host, head.torch, head.driver
+        key = _stem(head), *machine, head.dtype, head.data, head.recipe
         grouped.setdefault(key, []).append(training)
     written: list[Path] = []
     seen: Counter[str] = Counter()
@@ -42,7 +43,7 @@ def draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         found.sort(key=lambda training: training.head.seq_len)
         seen[stem] += 1
-        if seen[stem] > 1:  # of another device, type, recipe or version of a text
+        if seen[stem] > 1:  # of another machine, type, recipe or version of a text
             stem = f"{stem}_{seen[stem]}"
         looks = styles(cell for training in found for cell in training.cells)
         if len(found) > 1:

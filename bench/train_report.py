@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.compare import LIMIT
 from bench.derived import BASELINE, Cell
 from bench.figures import Value
 from bench.record import Row
-from bench.report import NOTHING, WIDE
+from bench.report import METHOD_WIDTH, NOTHING, WIDE, fits, labels
 from bench.step_attention import IDENTITY
 from bench.trainings import (
     SPLIT,
@@ -26,19 +27,19 @@ from bench.trainings import (
     utilisation,
 )
 
+# Columns, and where the terminal is narrow, the lowest goes first.
 TABLE = {
-    "method": "left", "backend": "left", "tokens/s": "right", "±": "right", "step": "right",
-    "x fastest dense": "right", "Amdahl": "right", "zero cost": "right",
-    "x same backend": "right", "% of matmul": "right", "attention": "right", "memory": "right",
-    "loss": "right", "scaling": "right",
+    "method": 9, "backend": 9, "tokens/s": 9, "±": 8, "step": 1, "x fastest\ndense": 9,
+    "Amdahl": 7, "zero\ncost": 7, "x same\nbackend": 3, "% of\nmatmul": 2, "attention": 4,
+    "memory": 5, "loss": 6, "scaling": 9,
 }  # fmt: skip
 # Of the columns that are shown.
 LEGEND = {
     "±": "the farther end of the 99 % interval",
-    "x fastest dense": "speed-up of the step over `standard` on its fastest backend",
+    "x fastest\ndense": "speed-up of the step over `standard` on its fastest backend",
     "Amdahl": "what the speed-up of the attention call by itself allows",
-    "zero cost": "what attention that costs nothing would give",
-    "% of matmul": "the model's FLOPs over what a large matrix product reaches on this chip",
+    "zero\ncost": "what attention that costs nothing would give",
+    "% of\nmatmul": "the model's FLOPs over what a large matrix product reaches on this chip",
     "attention": "its kernels' share of the step, by their names, so that what varlen copies to "
     "pack its sequences counts as the rest",
     "loss": "of the last timed step",
@@ -50,30 +51,32 @@ def one_line(row: Row) -> str:
     """What a row says while a run goes on."""
     rate = tokens_per_s(row)
     if rate is None:
-        return f"{row.status}: {row.reason}"
+        return failure(row)
     return f"{rate.y:,.0f} tokens/s, {_duration(row.median_us)} a step, loss {_loss(row)}"
 
 
 def print_training(rows: Sequence[Row], console: Console) -> None:
     """A table for each model and length."""
-    found, shown = trainings(rows), set()
-    for training in found:
-        table = _table(training, rows)
-        shown |= {column.header for column in table.columns}
-        console.print(table)
+    shown: set[str] = set()
+    for training in trainings(rows):
+        head = training.head
+        console.print(Text(title(head), style="bold"))
+        console.print(Text(f"torch {head.torch} · {head.host}", style="dim"))
+        shown |= _print_table(training, rows, console)
         for cell in training.cells:
             for words in remarks(training.rows[cell]):
-                console.print(f"{cell.label}, {cell.backend}: {words}")
-        _print_missing(training, console)
-        _print_warnings(training, console)
-    if told := [f"{name}: {text}" for name, text in LEGEND.items() if name in shown]:
-        console.print(f"{'. '.join(told)}.", style="dim", highlight=False)
+                console.print(Text(f"{cell.label}, {cell.backend}: {words}"))
+        for note in (*_missing(training), *_warnings(training)):
+            console.print(Text(note))
+        console.print()
+    if told := [f"{_flat(name)}: {text}" for name, text in LEGEND.items() if name in shown]:
+        console.print(Text(f"{'. '.join(told)}.", style="dim"))
 
 
 def remarks(row: Row) -> Iterator[str]:
     """What a figure does not show: why there is none, and what is wrong with it."""
     if row.status != "ok":
-        yield f"{row.status}, {row.reason}"
+        yield failure(row)
     elif row.reason:
         yield row.reason
     elif abs(missed(row) or 0) > SPLIT:
@@ -85,19 +88,23 @@ def remarks(row: Row) -> Iterator[str]:
         )
 
 
-def _print_warnings(training: Training, console: Console) -> None:
+def failure(row: Row) -> str:
+    return f"{row.status}: {row.reason or 'no reason recorded'}"
+
+
+def _warnings(training: Training) -> Iterator[str]:
     """What cannot be right, or is not known well, and what to do about it."""
     rates = [rate for row in training.rows.values() if (rate := tokens_per_s(row))]
     wide = sum(_half_width(rate) > WIDE for rate in rates)
     remedy = "end other work on the machine, or take more --steps"
     if wide:
-        console.print(f"warning: {wide} medians are known to worse than {WIDE:.0%}: {remedy}.")
+        yield f"warning: {wide} medians are known to worse than {WIDE:.0%}: {remedy}."
     if (training.zero_cost() or 1) < 1 / LIMIT:
-        console.print(f"warning: attention of zero cost was slower than {BASELINE}'s: {remedy}.")
+        yield f"warning: attention of zero cost was slower than {BASELINE}'s: {remedy}."
     for cell in training.cells:
         gain, bound = training.speedup(cell), training.amdahl(cell)
         if gain and bound and (gain.low or gain.y) > (bound.high or bound.y):
-            console.print(
+            yield (
                 f"warning: {cell.label}, {cell.backend}: the step's {gain.y:.2f}x is above "
                 f"Amdahl's {bound.y:.2f}x by more than the intervals: the call or the split was "
                 f"taken at other clocks of the chip, or attention inside the model is faster than "
@@ -105,7 +112,7 @@ def _print_warnings(training: Training, console: Console) -> None:
             )
 
 
-def _print_missing(training: Training, console: Console) -> None:
+def _missing(training: Training) -> Iterator[str]:
     """Why cells have no figure by Amdahl's law, where a device was timed at all."""
     reasons: dict[str, list[str]] = {}
     for cell in training.cells if training.calls else ():
@@ -116,7 +123,7 @@ def _print_missing(training: Training, console: Console) -> None:
         ):
             reasons.setdefault(why, []).append(f"{cell.label} on {cell.backend}")
     for why, cells in reasons.items():
-        console.print(f"no Amdahl figure of {', '.join(cells)}: {why}")
+        yield f"no Amdahl figure of {', '.join(cells)}: {why}"
 
 
 def _half_width(rate: Value) -> float:
@@ -124,28 +131,52 @@ def _half_width(rate: Value) -> float:
     return max((abs(end / rate.y - 1) for end in (rate.low, rate.high) if end), default=0.0)
 
 
-def _table(training: Training, rows: Sequence[Row]) -> Table:
-    head = training.head
-    table = Table(title=title(head), title_justify="left", box=box.SIMPLE_HEAD)
-    lines = [_line(training, cell, rows) for cell in training.cells]
-    for place, (name, justify) in enumerate(TABLE.items()):
-        if any(line[place] != NOTHING for line in lines):
-            table.add_column(name, justify=justify)
+def _print_table(training: Training, rows: Sequence[Row], console: Console) -> set[str]:
+    """Columns that say something, as far as there is room; returns their headings."""
+    named = zip(training.cells, labels(training.cells), strict=True)
+    texts = ([name, *_line(training, cell, rows)] for cell, name in named)
+    lines = [dict(zip(TABLE, line, strict=True)) for line in texts]
+    told = [name for name in TABLE if any(line[name] != NOTHING for line in lines)]
+    for lowest in sorted({TABLE[name] for name in told}):
+        shown = [name for name in told if TABLE[name] >= lowest]
+        table = _table(shown, lines)
+        if fits(table, console, console.options):
+            break
+    console.print(table)
+    known = {cell.method: cell.params for cell in training.cells if cell.params}
+    plain = {line["method"] for line in lines}
+    if named := [f"{name} {params}" for name, params in known.items() if name in plain]:
+        console.print(Text("parameters: " + "; ".join(named).replace(",", ", "), style="dim"))
+    if hidden := [_flat(name) for name in told if name not in shown]:
+        console.print(Text(f"not shown at this width: {', '.join(hidden)}", style="dim"))
+    return set(shown)
+
+
+def _table(shown: Sequence[str], lines: Sequence[dict[str, str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for name in shown:
+        word = name in ("method", "backend")
+        look = {"overflow": "fold"} if word else {"justify": "right", "no_wrap": True}
+        table.add_column(name, max_width=METHOD_WIDTH, **look)
     for line in lines:
-        kept = [any(other[k] != NOTHING for other in lines) for k in range(len(TABLE))]
-        table.add_row(*(text for text, keep in zip(line, kept, strict=True) if keep))
+        table.add_row(*(Text(line[name]) for name in shown))
     return table
 
 
+def _flat(heading: str) -> str:
+    return heading.replace("\n", " ")
+
+
 def _line(training: Training, cell: Cell, rows: Sequence[Row]) -> list[str]:
+    """What the columns behind the method's say."""
     row, rate = training.rows[cell], tokens_per_s(training.rows[cell])
     if rate is None:
-        return [cell.label, cell.backend, row.status, *[NOTHING] * (len(TABLE) - 3)]
+        return [cell.backend, row.status, *[NOTHING] * (len(TABLE) - 3)]
     real = cell.method != IDENTITY.name
     same = cell._replace(method=BASELINE, params=None)
     bound = training.amdahl(cell) if real else None
     return [
-        cell.label, cell.backend, f"{rate.y:,.0f}", f"{_half_width(rate):.1%}",
+        cell.backend, f"{rate.y:,.0f}", f"{_half_width(rate):.1%}",
         _duration(row.median_us),
         _number(training.speedup(cell) and training.speedup(cell).y),
         _number(bound and bound.y),

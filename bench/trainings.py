@@ -94,7 +94,10 @@ class Training:
 
 
 def trainings(rows: Iterable[Row]) -> list[Training]:
-    """One for each problem, model, data, number of processes and recipe, as they appear."""
+    """One for each problem, model, data, number of processes, recipe and machine, as they appear.
+
+    Of two rows of a cell the later counts.
+    """
     grouped: dict[tuple, list[Row]] = {}
     calls: dict[tuple, dict[Cell, Row]] = {}
     before: dict[tuple, Row] = {}  # a step's own call has its row before the step's
@@ -107,6 +110,18 @@ def trainings(rows: Iterable[Row]) -> list[Training]:
             if call := before.pop(of_cell, None):
                 calls.setdefault(_setting(row), {})[cell_of(row)] = call
     return [Training(steps, calls.get(key, {})) for key, steps in grouped.items()]
+
+
+def latest(found: Sequence[Training]) -> list[Training]:
+    """Of trainings that differ in recipe or machine alone, the last measured; by N and so on."""
+    by_time = sorted(found, key=lambda x: x.measured)
+    kept = {_column(x.head): x for x in by_time}
+    return sorted(kept.values(), key=lambda x: (x.head.world_size, x.head.seq_len))
+
+
+def _column(row: Row) -> tuple:
+    names = "device", "model", "data", "world_size", "batch", "seq_len", "dtype"
+    return tuple(getattr(row, name) for name in names)
 
 
 def attention_share(row: Row) -> float | None:
@@ -185,10 +200,21 @@ def _ratio(over: Row, under: Row) -> Value:
     return Value(ratio, interval.low, interval.high)
 
 
+def job_of(row: Row) -> tuple:
+    """What a run measures once: a later row of it replaces those before."""
+    return *_model(row), row.world_size, row.recipe, cell_of(row)
+
+
 def _scales(row: Row) -> tuple:
     """What one process and several have in common."""
-    return *_setting(row)[:-2], cell_of(row), row.torch, row.driver
+    return *_model(row), cell_of(row), row.torch, row.driver
 
 
 def _setting(row: Row) -> tuple:
-    return *problem_of(row), row.model, row.data, row.world_size, row.recipe
+    """What rows share that one table compares; not code, which a user's own method has its own."""
+    machine = row.host, row.torch, row.driver
+    return *_model(row), row.world_size, row.recipe, *machine
+
+
+def _model(row: Row) -> tuple:
+    return *problem_of(row), row.model, row.data

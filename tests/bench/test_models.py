@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from bench.models import MODELS, build, compile_model, model_of_file, parameters
+from bench.models import MODELS, build, check, compile_model, model_of_file, parameters
 from bench.step_attention import step_attention
 from bench.steps import World, compile_first, run_job
-from methods import METHODS
+from methods import METHODS, Problem
 from methods.huggingface import register
 from tests.bench.training import (
     CPU,
@@ -69,6 +69,32 @@ def test_the_arithmetic_of_a_step_counts_what_a_token_takes_part_in():
     moe = build(MODELS["olmoe-0.25b-1.75b"], None, 8, torch.bfloat16, torch.device("meta"), 0)
     layer = 4 * 1024**2 + 64 * 1024 + 8 * 3 * 1024 * 512
     assert moe.active_weights == 16 * layer + 50304 * 1024
+
+
+@pytest.mark.parametrize("told", [{}, {"num_experts_per_tok": 2}, {"num_local_experts": 8}])
+def test_experts_that_a_config_leaves_to_transformers_count_as_they_are(tmp_path, told):
+    mixtral = LLAMA | {"model_type": "mixtral"} | told
+    model = model_of_file(config_file(tmp_path, mixtral))
+    found = check(model, Problem(q_heads=4, kv_heads=2, seq_len=64, head_dim=16))
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 8 * 64 + 2 * 3 * 64 * 96
+    assert found.active_weights == 2 * layer + 256 * 64
+
+
+def test_models_of_two_files_of_one_name_are_two(tmp_path):
+    names = []
+    for k, hidden in enumerate((64, 128, 64)):
+        (tmp_path / str(k)).mkdir()
+        path = config_file(tmp_path / str(k), LLAMA | {"hidden_size": hidden}, "table2.json")
+        names.append(model_of_file(path).name)
+    assert names[0] == names[2] != names[1]
+    assert all(name.startswith("table2@") for name in names)
+
+
+def test_a_model_is_shortened_with_what_its_config_lists_by_layer(tmp_path):
+    listed = LLAMA | {"model_type": "qwen3", "head_dim": 16, "layer_types": ["full_attention"] * 2}
+    model = model_of_file(config_file(tmp_path, listed)).shortened(1)
+    found = build(model, None, 8, torch.bfloat16, torch.device("meta"), 0)
+    assert len(found.layers) == 1
 
 
 def test_a_token_reaches_later_positions_and_no_earlier_one():

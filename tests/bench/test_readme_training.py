@@ -43,7 +43,8 @@ def tabled(rows, **options):
 def test_training_is_over_the_fastest_dense_step_of_its_column():
     text = tabled([
         step(us=800.0, **TWO), step("spattention", us=200.0, **TWO),
-        step(us=200.0, **LONG), step("spattention", us=None, status="oom", **LONG),
+        step(us=200.0, **LONG),
+        step("spattention", us=None, status="oom", reason="[/full]", **LONG),
         step("mine", us=400.0, **LONG),
         step(us=400.0), step(backend="sdpa-cudnn"), step("identity", "identity", 50.0),
         step("spattention", us=80.0), step("longformer", us=125.0),
@@ -63,8 +64,26 @@ def test_training_is_over_the_fastest_dense_step_of_its_column():
     assert text.endswith(
         "Scaling: tokens/s over those of one process times processes. "
         "table2 · 4096 tokens a step · bfloat16 · Chip X; "
-        "table2 · 8192 tokens a step · 2 processes · bfloat16 · Chip X."
+        "table2 · 8192 tokens a step · 2 processes · bfloat16 · Chip X. "
+        "Without a figure: `spattention` on flex, N = 4096 (oom: [/full])."
     )
+
+
+def test_a_speed_up_that_may_be_none_has_its_interval():
+    def spread(us, share):
+        return {"us": us, "samples_us": ";".join(f"{us * (1 + share * k):.6g}"
+                                                 for k in range(-6, 7))}  # fmt: skip
+
+    rows = [
+        step(**spread(100.0, 0.001)), step(backend="fa4", **spread(101.0, 0.002)),
+        step("spattention", **spread(50.0, 0.001)), step("longformer", **spread(50.0, 0.02)),
+    ]  # fmt: skip
+    found = [line["N = 1024"] for line in lines(tabled(rows)).values()]
+    assert found[0] == "41.0 M (1.00x)" and found[2] == "81.9 M (2.00x)"
+    assert re.fullmatch(r"40\.6 M \(0\.99x, 0\.9\d to 1\.00\)", found[1])
+    assert re.fullmatch(r"81\.9 M \(2\.00x, 1\.\d\d to 2\.\d\d\)", found[3])
+    for text in (tabled(rows), training_summary(rows)):
+        assert "with its 99 % interval where that is wider than 4% or holds 1" in text
 
 
 def test_two_processes_without_one_have_no_column_of_scaling():
@@ -93,6 +112,9 @@ def test_a_step_that_its_parts_miss_is_said_under_the_table():
     row = step("spattention", "varlen", attention_us=40.0, other_us=50.0)
     assert tabled([step(), row]).endswith("or more by: +10.0% `spattention` on varlen, N = 1024.")
     assert "of it" not in tabled([step(), replace(row, other_us=58.0)])
+    assert training_summary([step(us=200.0), row]).endswith(
+        "or more by: +10.0% `spattention` on varlen, N = 1024."
+    )
 
 
 def test_of_two_recipes_the_last_measured_counts():
@@ -129,7 +151,7 @@ def test_the_papers_setting_is_beside_its_rates(tmp_path):
     text = page([
         step(backend="eager", us=400.0, **released), step(us=200.0, **released),
         step("spattention_released", "eager", us=800.0, **released),
-        step("spattention_released", us=100.0, **released),
+        step("spattention_released", us=100.0, attention_us=60.0, other_us=71.5, **released),
         step("identity", "identity", us=50.0, **released), step(us=80.0),
         step("spattention", us=64.0), step("sliding_window", us=64.0),
         step(us=1.0, batch=32), step("spattention", us=1.0, batch=32),
@@ -145,6 +167,9 @@ def test_the_papers_setting_is_beside_its_rates(tmp_path):
         "`identity`": ["81.9 M (8.00x)", "81.9 M (4.00x)", "-", "-"],
     }
     assert "table2 uncompiled" in text.splitlines()[-1]
+    assert text.endswith(
+        "(+) or more by: -31.5% `spattention_released` on flex, N = 1024, table2 uncompiled."
+    )
     assert "paper" not in page([step()], tmp_path)
     alone = [step(backend="eager", us=400.0, **released), step(us=70.0, batch=32)]
     _, text = page(alone, tmp_path).split("#### The paper's setting")
@@ -236,7 +261,7 @@ def learned(method, losses, **changes):
 
 def test_losses_on_a_text_are_judged_and_its_words_have_owners(tmp_path):
     rows = [
-        learned("standard", [5 - 0.1 * k for k in range(30)]),
+        learned("standard", [5 - 0.1 * k for k in range(30)], attention_us=40.0, other_us=65.0),
         learned("spattention", [5 + 0.1 * (k % 2) for k in range(30)]),
         step("longformer", us=None, status="mismatch", reason="the loss of step 7 is no number",
              losses=None, data="docstrings.txt@0badcafe"),
@@ -251,14 +276,16 @@ def test_losses_on_a_text_are_judged_and_its_words_have_owners(tmp_path):
     assert table.splitlines()[2:] == [
         "| `standard` | flex | 4.900 | 2.200 | yes |",
         "| `spattention` | flex | 5.033 | 5.067 | **no** |",
-        "| `longformer` | flex | - | - | mismatch, the loss of step 7 is no number |",
+        "| `longformer` | flex | - | - | mismatch: the loss of step 7 is no number |",
     ]
     assert "the first and the last 3 steps" in told and "packages" not in told
+    amiss = "or more by: -5.0% `standard` on flex, N = 1024."
+    assert told.endswith(amiss)
     source = Source(text="docstrings.txt@0badcafe", package="torch", version="9", licence="BSD-3",
                     characters=1)  # fmt: skip
     path = tmp_path / "results" / "docstrings.sources.csv"
     write_table(path, [source, replace(source, package="numpy")], Source)
-    assert page(rows, tmp_path).endswith("docstrings of torch 9 (BSD-3), numpy 9 (BSD-3).")
+    assert "docstrings of torch 9 (BSD-3), numpy 9 (BSD-3). A step" in page(rows, tmp_path)
     draw_training(rows, tmp_path / "plots" / "h200" / "test")
     (link,) = re.findall(r"!\[.*\]\((.*)\)", page(rows, tmp_path))
     assert (tmp_path / "plots" / link).exists()

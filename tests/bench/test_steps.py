@@ -57,7 +57,7 @@ def test_the_call_of_a_model_is_never_timed_by_cupti(monkeypatch):
         return SimpleNamespace(rows={group.cells[0]: []})
 
     monkeypatch.setattr(steps, "measure_group", measure_group)
-    steps._call_rows(job("spattention"), None, lambda text: None)
+    steps._call_rows(job("spattention"), 1, None, lambda text: None)
     assert [(x.phases, x.cupti) for x in asked] == [(("fwd_bwd",), False)]
 
 

@@ -1,6 +1,5 @@
 """Training throughput: steps, ranks, and what is derived from their rows."""
 
-import json
 import math
 import os
 import subprocess
@@ -19,12 +18,14 @@ from rich.console import Console
 import run_bench
 from bench import ahead, ranks, steps, train
 from bench.backends import BACKENDS
+from bench.cells import Prepared, rows_of
 from bench.chip import Reading
 from bench.compare import sides
 from bench.models import MODELS, model_of_file
 from bench.ranks import Apart, JobFailed, Ranks
 from bench.record import ROOT, Store, environment, read_rows
-from bench.steps import World, run_job
+from bench.steps import World, method_of, run_job
+from bench.text import digest
 from bench.trainings import scaling, trainings
 from tests.bench.rows import make_row
 from tests.bench.training import (
@@ -73,6 +74,8 @@ def test_a_row_holds_what_a_step_needs(monkeypatch):
 def test_the_call_of_a_model_is_gated_and_timed_before_it_trains(monkeypatch):
     call, step = run_job(job("spattention"), World(), lambda text: None)
     assert (call.phase, call.status, step.status) == ("fwd_bwd", "ok", "ok")
+    assert (call.model, call.world_size, call.data) == ("tiny", 1, "random")
+    assert call.recipe == step.recipe
     assert 0 < step.error_budget == call.error_budget <= 1
     assert step.allowed_pairs == call.allowed_pairs == 64 * 65 // 2
     right = BACKENDS["blockwise"]
@@ -115,7 +118,7 @@ def test_tokens_of_a_text_are_its_bytes_and_differ_by_rank(tmp_path):
 
 
 def test_steps_of_two_models_are_compared_apart(tmp_path):
-    samples = ";".join(f"{100 + k % 3}" for k in range(20))
+    samples = ";".join(f"{99 + k % 3}" for k in range(20))
     rows = [made(model=name, samples_us=samples, backend="flex") for name in ("m", "n")]
     for name in ("a.csv", "b.csv"):
         with Store(tmp_path / name) as store:
@@ -204,8 +207,9 @@ def in_this_process(monkeypatch):
 def test_a_run_writes_rows_and_figures_and_is_gone_on_with(tmp_path, in_this_process, capsys):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 100)
+    config = config_file(tmp_path, LLAMA)
     given = [
-        "train", "--model-config", str(config_file(tmp_path, LLAMA)), "--methods", "spattention",
+        "train", "--model-config", str(config), "--methods", "spattention",
         "--backends", "blockwise", "--seq-len", "32", "64", "--tokens", "64", "--steps", "2",
         "--warmup", "1", "--no-compiled", "--device", "cpu", "--text", str(text), "--run", "a",
         "--output", str(tmp_path),
@@ -215,16 +219,12 @@ def test_a_run_writes_rows_and_figures_and_is_gone_on_with(tmp_path, in_this_pro
     found = [(row.seq_len, row.batch, row.method) for row in rows if row.phase == "step"]
     names = ("standard", "spattention", "identity")
     assert found == [(n, 64 // n, name) for n in (32, 64) for name in names]
-    steps_of = [row for row in rows if row.model]
-    assert all(row.status == "ok" and row.data == "text.txt@031c26a1" for row in steps_of)
-    assert {row.recipe for row in steps_of} == {"steps=2,warmup=1,learning_rate=0.0003,seed=0"}
+    assert all(row.status == "ok" and row.data == "text.txt@031c26a1" for row in rows)
+    assert {row.recipe for row in rows} == {"steps=2,warmup=1,learning_rate=0.0003,seed=0"}
     drawn = {path.stem for path in (tmp_path / "plots" / "a").iterdir()}
-    assert drawn == {
-        f"training_{kind}" for kind in (
-            "tokens_per_s_tiny-uncompiled_1_64_text", "speedup_tiny-uncompiled_1_64_text",
-            "loss_tiny-uncompiled_1_64_text_32", "loss_tiny-uncompiled_1_64_text_64",
-        )
-    }  # fmt: skip
+    model = f"tiny@{digest(config)}-uncompiled_1_64_text"
+    names = f"tokens_per_s_{model}", f"speedup_{model}", f"loss_{model}_32", f"loss_{model}_64"
+    assert drawn == {f"training_{name}" for name in names}
     assert "zero cost" in capsys.readouterr().out
     assert len(in_this_process) == 6
     assert run_bench.main([*given, "--resume"]) == 0
@@ -241,6 +241,61 @@ def test_what_a_run_was_ended_in_is_tried_again_and_a_failure_of_its_own_is_not(
     for reason, complete in ((train.ENDED, False), ("rank 1: the process was ended", True)):
         rows = run._failed(given, env, "crash", reason)
         assert run._complete(given, rows, env) is complete
+
+
+def test_a_cell_that_is_measured_again_replaces_its_rows(tmp_path, monkeypatch, capsys):
+    failures = {0: JobFailed("crash", train.ENDED), 1: JobFailed("crash", "[/x] y")}
+
+    def run_here(apart, given, number, limit, announce):
+        if number in failures:
+            raise failures[number]
+        prepared = Prepared(given.cell, method_of(given.cell), facts=steps._about(given, 1))
+        both = replace(given.group, phases=("fwd_bwd", "step"))
+        return rows_of(both, environment(CPU), prepared, None)
+
+    monkeypatch.setattr(Apart, "run", run_here)
+    monkeypatch.setattr(train, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    given = command(config_file(tmp_path, LLAMA), tmp_path, "--methods", "spattention", "--run",
+                    "a")[1:]  # fmt: skip
+    path = tmp_path / "results" / "a.csv"
+    assert run_bench.main(given) == 1
+    assert "N 64  spattention  blockwise: crash: [/x] y" in capsys.readouterr().out
+    assert [(x.method, x.phase) for x in read_rows(path)] == [
+        ("standard", "step"), ("spattention", "step"), ("identity", "fwd_bwd"),
+        ("identity", "step"),
+    ]  # fmt: skip
+    failures.pop(0)
+    assert run_bench.main([*given, "--resume"]) == 1
+    failures.clear()
+    monkeypatch.setattr(train._Run, "_complete", lambda *args: False)  # as after a change of code
+    for _ in range(2):
+        assert run_bench.main([*given, "--resume"]) == 0
+        rows = read_rows(path)
+        assert [(x.method, x.phase) for x in rows] == [
+            (method, phase) for method in ("standard", "spattention", "identity")
+            for phase in ("fwd_bwd", "step")
+        ]  # fmt: skip
+    assert {row.status for row in rows} == {"ok"}
+    assert run_bench.main([*given, "--resume", "--seed", "1"]) == 0
+    assert len(read_rows(path)) == 12
+
+
+def test_ranks_hear_how_the_first_ended_whatever_ended_it(tmp_path, monkeypatch):
+    ranks = Ranks(0, 0, 2, dist.HashStore())
+    monkeypatch.setattr(Ranks, "of_environment", lambda: ranks)
+
+    def broken(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(train._Run, "measure", broken)
+    config = config_file(tmp_path, LLAMA)
+    request = train.Train(model_config=config, device="cpu", output=str(tmp_path), run="a")
+    with pytest.raises(OSError, match="no space"):
+        train.train(request, Console())
+    assert ranks.store.get("status") == b"1"
+    other = replace(ranks, rank=1, local=1)
+    assert other.agree("todo", None) == []
+    assert train._follow([job()], request, other) == 1
 
 
 def test_no_more_processes_compile_than_the_device_holds(monkeypatch):
@@ -280,41 +335,6 @@ def test_another_recipe_or_text_is_measured_again(tmp_path, in_this_process, cha
     assert len(in_this_process) == 4
     rows = [x for x in read_rows(tmp_path / "results" / "a.csv") if x.phase == "step"]
     assert len(trainings(rows)) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--model", "table3"], "--model is 'table3'; it takes table2, "),
-        (["--tokens", "100", "--seq-len", "64"], "must be a multiple of --seq-len 64"),
-        (["--methods", "reformer"], "shares queries and keys"),
-        (["--steps", "0"], "--steps is 0"),
-        (["--backends", "nope"], "--backends has 'nope'"),
-        (["--device", "tpu"], "--device is 'tpu'"),
-        (["--run", "a/b"], "--run is 'a/b'"),
-        (["--model-config", "{"], "not JSON"),
-        (["--model-config", "{}"], "no model_type"),
-        (["--model-config", '{"model_type": "nothing"}'], "transformers does not take it"),
-        (["--model-config", json.dumps(LLAMA | {"model_type": "mistral", "sliding_window": 8})],
-         "sliding window of its own"),
-        (["--text", "short"], "has 5 bytes; N = 1024 needs at least 1025"),
-        (["--model-config", json.dumps(LLAMA | {"vocab_size": 100}), "--text", "s" * 2000],
-         "256 tokens"),
-    ],
-)  # fmt: skip
-def test_a_wrong_request_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
-    monkeypatch.setattr(Apart, "run", lambda *args: pytest.fail("something was run"))
-    for flag in ("--model-config", "--text"):
-        if flag in arguments:
-            place = arguments.index(flag) + 1
-            arguments = arguments.copy()
-            file = config_file(tmp_path, arguments[place], f"{place}.txt")
-            arguments[place] = str(file)
-    given = ["train", "--backends", "blockwise", "--device", "cpu", "--output", str(tmp_path)]
-    assert run_bench.main(given + arguments) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
-    assert not (tmp_path / "results").exists()
 
 
 FATAL = """

@@ -34,6 +34,32 @@ def test_what_cannot_be_right_or_is_not_known_well_is_said(capsys):
     assert line.startswith("warning: 1 medians are known to worse than 5%")
 
 
+def test_what_rich_reads_as_markup_is_printed_as_it_is(capsys):
+    rows = [
+        made(backend="flex"), made("identity", 60.0, backend="[/x]", model="[/y]"),
+        made("spattention", None, backend="flex", status="crash", reason="[/x] y"),
+    ]  # fmt: skip
+    out = printed(rows, capsys)
+    assert "spattention, flex: crash: [/x] y" in out and "[/y] · N 1024" in out
+
+
+def test_a_narrow_terminal_has_fewer_columns_and_whole_figures(capsys):
+    whole = {"attention_us": 40.0, "other_us": 60.0, "model_flops": 1e9, "peak_bytes": 9 << 30,
+             "matmul_tflop_s": 800.0, "losses": "10.872;10.871"}  # fmt: skip
+    rows = [
+        *(made(name, us, backend=f"sdpa-cudnn {us:.0f}", **whole)
+          for name in ("standard", "spattention_released") for us in (6e5, 7e5)),
+        made("identity", 5e5, backend="identity", **whole),
+    ]  # fmt: skip
+    print_training(rows, Console(width=80))
+    out = capsys.readouterr().out
+    head, *_ = (line for line in out.splitlines() if line.startswith("method"))
+    assert "tokens/s" in head and "memory" not in head and "…" not in out
+    assert "not shown at this width: step, " in out and "memory" in out
+    print_training(rows, Console(width=160))
+    assert "not shown" not in capsys.readouterr().out
+
+
 def test_rates_speed_ups_and_ceilings_follow_from_the_rows():
     call = {"batch": 4, "seq_len": 1024}
     rows = [
@@ -137,6 +163,17 @@ def test_a_step_goes_with_the_call_of_its_own_process():
         [4],
         [5],
     ]
+
+
+def test_steps_of_another_machine_are_compared_apart(tmp_path):
+    rows = [
+        made(backend="flex", seq_len=n, batch=4096 // n, **machine)
+        for machine in ({}, {"host": "other"}, {"torch": "2.0"}, {"driver": "1"})
+        for n in (1024, 2048)
+    ]  # fmt: skip
+    assert [len(x.rows) for x in trainings(rows)] == [1] * 8
+    assert len(draw_training(rows, tmp_path)) == 4 * 2 * 2
+    assert [len(x.rows) for x in trainings([rows[0], replace(rows[0], code="1" * 12)])] == [1]
 
 
 def test_attention_is_a_share_of_the_kernels_of_one_process():
