@@ -18,7 +18,7 @@ from bench import peers
 from bench.timing import Call
 from methods import Banded, Method, Problem
 from methods.attend import NO_LSE, plan
-from methods.banded import merged_bands
+from methods.banded import shared_window
 from methods.flash_kernels import flash_4_missing, flash_refusal, kernel_for
 from methods.varlen import refusal as varlen_refusal
 
@@ -204,16 +204,9 @@ def _varlen_refuses(method: Method, p: Problem, device: torch.device, phase: str
 
 
 def _fa4_refuses(method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
-    if _window(method, p) is None:
+    if shared_window(method, p) is None:
         return f"flash-attn-4 has one window for all heads; those of {method.name} differ"
     return flash_refusal(p)
-
-
-def _window(method: Banded, p: Problem) -> int | None:
-    """Keys seen up to and with a query's own, the same in every head; None where they differ."""
-    bands = merged_bands(method, p).unique(dim=0).tolist()
-    alike = len(bands) == 1 and len(bands[0]) == 1 and method.prefix(p) == 0
-    return bands[0][0][1] + 1 if alike and bands[0][0][0] == 0 else None
 
 
 def _build_fa4(
@@ -221,7 +214,7 @@ def _build_fa4(
 ) -> Attention:
     from flash_attn.cute import flash_attn_func
 
-    reach = _window(method, p) - 1
+    reach = shared_window(method, p)
     left = None if reach + 1 >= p.seq_len else reach
     right = 0 if p.causal else left
     window = (None, None) if left is None else (left, right)

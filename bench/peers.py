@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from methods import Method, Problem
-from methods.banded import Banded
+from methods.banded import Banded, shared_window
 from methods.bigbird import BigBird, draw_blocks
 from methods.longformer import Longformer
 from methods.reformer import Reformer
@@ -294,7 +294,7 @@ def xformers_fault(device: torch.device) -> str | None:
 
 def xformers_refuses(method: Method, p: Problem, device: torch.device, phase: str) -> str | None:
     """Why xformers does not compute this, or None; of types and shapes it says so itself."""
-    if _reach(method, p) is None:
+    if shared_window(method, p) is None:
         return "xformers' biases are one window of all heads, without global tokens or dilation"
     if p.kv_heads != p.q_heads:
         return "xformers has no backward where query heads share key heads"
@@ -306,7 +306,7 @@ def xformers_build(
 ) -> Attention:
     """memory_efficient_attention under a causal or local bias, by the operator it chooses."""
     ops, biases = _xformers("ops"), _xformers("ops.fmha.attn_bias")
-    reach = _reach(method, p)
+    reach = shared_window(method, p)
     if reach < p.seq_len - 1:
         ahead = 0 if p.causal else reach
         bias = biases.LocalAttentionFromBottomRightMask(window_left=reach, window_right=ahead)
@@ -318,13 +318,3 @@ def xformers_build(
         return ops.memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2), None
 
     return run
-
-
-def _reach(method: Method, p: Problem) -> int | None:
-    """The largest distance seen, where every head sees all up to it and nothing else; or None."""
-    if not isinstance(method, Banded) or method.prefix(p):
-        return None
-    bands = {tuple(intervals) for intervals in method.bands(p)}
-    if len(bands) > 1 or len(first := bands.pop()) > 1 or first[0][0] != 0:
-        return None
-    return first[0][1]

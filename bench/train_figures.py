@@ -83,7 +83,7 @@ def _rates(found: Sequence[Training], looks: dict[str, Style]) -> Figure:
 
 def _speedups(found: Sequence[Training], looks: dict[str, Style]) -> Figure:
     figure, axes = _figure(found, "speed-up over the fastest dense")
-    across, drawn = [training.head.seq_len for training in found], [1.0]
+    across, drawn, known = [training.head.seq_len for training in found], [1.0], False
     for (method, params), name in _methods(found).items():
         if method in (BASELINE, IDENTITY.name):
             continue
@@ -94,7 +94,9 @@ def _speedups(found: Sequence[Training], looks: dict[str, Style]) -> Figure:
         draw_series(axes, across, values, look, name)
         axes.plot(across, [x or np.nan for x in bounds], "--", color=look.colour, lw=1)
         drawn += [value.y for value in values if value] + [x for x in bounds if x]
-    axes.plot([], [], "--", color="#444444", linewidth=1, label="Amdahl, by colour")
+        known |= any(bounds)
+    if known:
+        axes.plot([], [], "--", color="#444444", linewidth=1, label="Amdahl, by colour")
     ceiling = [bound and Value(bound) for bound in (t.zero_cost() for t in found)]
     draw_series(axes, across, ceiling, CEILING, "attention of zero cost")
     axes.axhline(1, color="#000000", linewidth=1, zorder=1, label=BASELINE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,22 +27,25 @@ EXECUTORS = ("flex", "flash", "eager", "blockwise")
 # What attend takes besides "auto". varlen is flash-attention over shifted keys, for causal banded
 # methods of at most two windows a head; it has no layout to execute.
 BACKENDS = (*EXECUTORS, "varlen")
+_ROUTES = ("auto", *BACKENDS)
 NO_LSE = "FlexAttention's CPU kernel gives no log-sum-exp"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class _Route(NamedTuple):
+    """What a kind of call runs, found once: whatever does not depend on the tensors' elements."""
+
+    run: Plan | Windows
+    device: str  # type of the device
+    refuses_leaves: bool  # tensors that want a gradient, even under no_grad
+
+
 @torch.compiler.disable  # it compiles for static shapes, whatever the model around it does
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    method: str | Method = "spattention",
-    causal: bool = True,
-    backend: str = "auto",
-    global_tokens: Tensor | None = None,
-    global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
-    state: Any = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, method: str | Method = "spattention", causal: bool = True,
+    backend: str = "auto", global_tokens: Tensor | None = None,
+    global_qkv: tuple[Tensor, Tensor, Tensor] | None = None, state: Any = None,
+) -> Tensor:  # fmt: skip
     """Sparse attention by any method of the suite.
 
     Args:
@@ -64,38 +67,118 @@ def attend(
     Raises:
         ValueError: what was given does not go together; one line says what is allowed.
     """
-    own = () if global_qkv is None else global_qkv
-    given = (q, k, v, *own) if isinstance(own, Sequence) else (q, k, v, own)
-    if not all(isinstance(x, Tensor) for x in given) or len(given) not in (3, 6):
-        kinds = ", ".join(type(x).__name__ for x in given)
-        raise ValueError(f"q, k, v (and global_qkv) are {kinds}; they must be 3 (and 3) tensors")
-    call = partial(_routed, resolve(method), given, causal, backend, global_tokens, state)
-    if not torch.is_autocast_enabled(q.device.type):
-        return call()
-    with torch.autocast(q.device.type, enabled=False):  # it computes in the dtype of q
-        return call()
+    given = (q, k, v) if global_qkv is None else _with_own(q, k, v, global_qkv)
+    leaves = _checked(given, causal, backend)
+    own = None if global_tokens is None and len(given) == 3 else global_tokens is not None
+    kind = q.shape, k.shape, v.shape, q.dtype, q.device, leaves and torch.is_grad_enabled()
+    try:
+        route = _route(method, kind, k is q, causal, backend, own)
+    except TypeError:  # of a method that cannot be hashed, above all
+        resolve(method)
+        raise
+    if leaves and route.refuses_leaves:
+        given = tuple(x.detach() for x in given)
+    return _run(route, given, global_tokens, own, state)
 
 
-def _routed(
-    method: Method, given: tuple[Tensor, ...], causal: bool, backend: str,
-    global_tokens: Tensor | None, state: Any,
+def _with_own(q: Any, k: Any, v: Any, global_qkv: Any) -> tuple[Any, ...]:
+    """All tensors of a call, the projections of global rows behind q, k and v."""
+    given = (q, k, v, *(global_qkv if isinstance(global_qkv, Sequence) else (global_qkv,)))
+    if len(given) != 6:
+        _refuse_kinds(given)
+    return given
+
+
+def _checked(given: tuple[Any, ...], causal: Any, backend: Any) -> bool:
+    """Whether any tensor wants a gradient, once all are tensors of one dtype on one device.
+
+    Of the rest what a cache would let pass: to it 1 is True.
+    """
+    if type(causal) is not bool:
+        Problem(causal=causal)  # says what is allowed
+    if backend not in _ROUTES:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(_ROUTES)}")
+    leaves, dtype, device = False, None, None
+    for x in given:
+        if not isinstance(x, Tensor):
+            _refuse_kinds(given)
+        if dtype is None:
+            dtype, device = x.dtype, x.device
+        elif x.dtype is not dtype or x.device != device:
+            kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
+            raise ValueError(f"tensors differ in dtype or device: {kinds}; all must be as q")
+        leaves = leaves or x.requires_grad
+    return leaves
+
+
+def _refuse_kinds(given: tuple[Any, ...]) -> None:
+    kinds = ", ".join(type(x).__name__ for x in given)
+    raise ValueError(f"q, k, v (and global_qkv) are {kinds}; they must be 3 (and 3) tensors")
+
+
+def _run(
+    route: _Route, given: tuple[Tensor, ...], global_tokens: Tensor | None,
+    own: bool | None, state: Any,
 ) -> Tensor:  # fmt: skip
-    """attend, with the projections of global rows behind q, k and v where there are any."""
-    backend = _backend_for(method, given, backend)
-    if backend in ("flex", "eager") and not given[0].is_cuda:
-        given = tuple(x.detach() for x in given)  # this kernel refuses leaves that want grads
-    (q, k, v), own = given[:3], given[3:] or None
-    own_globals = global_tokens is not None or own is not None
-    if own_globals:
-        if state is not None:
-            raise ValueError("state goes with neither global_tokens nor global_qkv: give one")
+    """attend, once it is known how; own is not None where there are global tokens to be heard."""
+    if torch.is_autocast_enabled(route.device):
+        with torch.autocast(route.device, enabled=False):  # it computes in the dtype of q
+            return _run(route, given, global_tokens, own, state)
+    run = route.run
+    if own is None:
+        return run(*given, state)[0]
+    if state is not None:
+        raise ValueError("state goes with neither global_tokens nor global_qkv: give one")
+    parts = run.problem, run.execute, global_tokens, given[3:] or None
+    return attend_globals(run.method, *given[:3], *parts)
+
+
+@lru_cache(maxsize=256)
+def _route(
+    method: str | Method, kind: tuple, tied: bool, causal: bool, backend: str, own: bool | None
+) -> _Route:
+    """How calls of one kind are run.
+
+    Args:
+        kind: shapes of q, k and v, their dtype and device, and whether a gradient is asked for.
+        tied: whether k is q.
+        own: None, or that the caller gives global tokens (True) or their projections alone.
+    """
+    method, (*shapes, dtype, device, wants_grad) = resolve(method), kind
+    if device.type == "meta":
+        raise ValueError("q, k, v are on meta, without elements; give tensors on cpu or cuda")
+    if method.shared_qk and not tied:
+        raise ValueError(f"{method.name} shares queries and keys; k must be the tensor that q is")
+    backend = _backend_for(method, dtype, device, wants_grad, backend)
+    if own is not None:
         if backend == "varlen":
             raise ValueError("backend 'varlen' takes no global_tokens and no global_qkv")
-        method = _with_globals(method, given=global_tokens is not None)
-    run = _cached_plan(method, q.shape, k.shape, v.shape, q.dtype, q.device, causal, backend)
-    if not own_globals:
-        return run(q, k, v, state)[0]
-    return attend_globals(run.method, q, k, v, run.problem, run.execute, global_tokens, own)
+        method = _with_globals(method, own)
+    p, on_gpu = _problem(shapes, dtype, causal), device.type == "cuda"
+    run = _cached_plan(method, p, device, backend)
+    return _Route(run, device.type, backend in ("flex", "eager") and not on_gpu)
+
+
+@lru_cache(maxsize=256)
+def _cached_plan(method: Method, p: Problem, device: torch.device, backend: str) -> Plan | Windows:
+    """One of each, however it is asked for: it is compiled once."""
+    return plan(method, p, backend)
+
+
+def _problem(shapes: Sequence[torch.Size], dtype: torch.dtype, causal: bool) -> Problem:
+    """The problem of tensors q, k and v."""
+    q, k, v = shapes
+    if len(q) != 4 or k != v or len(k) != 4 or (q[0], q[2], q[3]) != (k[0], k[2], k[3]):
+        raise ValueError(
+            "attend needs q [B, Hq, N, D] and k, v [B, Hkv, N, D]; "
+            f"got q {list(q)}, k {list(k)}, v {list(v)}"
+        )
+    if dtype not in _DTYPE_NAMES:
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(DTYPES)}")
+    return Problem(
+        batch=q[0], q_heads=q[1], kv_heads=k[1], seq_len=q[2], head_dim=q[3],
+        dtype=_DTYPE_NAMES[dtype], causal=causal,
+    )  # fmt: skip
 
 
 def _with_globals(method: Method, given: bool) -> Longformer:
@@ -105,25 +188,19 @@ def _with_globals(method: Method, given: bool) -> Longformer:
     return replace(method, n_global=0) if given else method
 
 
-def _backend_for(method: Method, given: tuple[Tensor, ...], backend: str) -> str:
+def _backend_for(
+    method: Method, dtype: torch.dtype, device: torch.device, wants_grad: bool, backend: str
+) -> str:
     """The executor of a call, "auto" resolved."""
-    q, k = given[:2]
-    if backend not in (known := ("auto", *BACKENDS)):
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(known)}")
-    if method.shared_qk and k is not q:
-        raise ValueError(f"{method.name} shares queries and keys; k must be the tensor that q is")
-    if any(x.dtype != q.dtype or x.device != q.device for x in given):
-        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
-        raise ValueError(f"tensors differ in dtype or device: {kinds}; all must be as q")
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    on_gpu = device.type == "cuda"
     if backend == "auto":
-        flex = q.dtype != torch.float64 and (q.is_cuda or not (wants_grad or method.needs_lse))
+        flex = dtype != torch.float64 and (on_gpu or not (wants_grad or method.needs_lse))
         return "flex" if flex else "blockwise"
-    if backend == "flash" and (missing := flash_4_missing(q.device)):
-        raise ValueError(f"backend 'flash' on {q.device}: {missing}")
-    if backend in ("flex", "eager") and wants_grad and not q.is_cuda:
+    if backend == "flash" and (missing := flash_4_missing(device)):
+        raise ValueError(f"backend 'flash' on {device}: {missing}")
+    if backend in ("flex", "eager") and wants_grad and not on_gpu:
         raise ValueError(f"backend {backend!r} has no backward on a CPU; blockwise has")
-    if backend == "flex" and method.needs_lse and not q.is_cuda:
+    if backend == "flex" and method.needs_lse and not on_gpu:
         raise ValueError(f"backend 'flex' on a CPU: {NO_LSE}, which {method.name} needs")
     return backend
 
@@ -170,7 +247,7 @@ def plan(
         NotImplementedError: the backend does not take the block size.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(_ROUTES)}")
     method.validate(p)
     if backend == "varlen":
         return Windows(method, p)
@@ -255,28 +332,3 @@ def _flex(
         return_aux=AuxRequest(lse=True) if needs_lse else None,
     )  # fmt: skip
     return (answer[0], answer[1].lse) if needs_lse else (answer, None)
-
-
-@lru_cache(maxsize=256)
-def _cached_plan(
-    method: Method,
-    q: torch.Size,
-    k: torch.Size,
-    v: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    causal: bool,
-    backend: str,
-) -> Plan | Windows:
-    if len(q) != 4 or k != v or len(k) != 4 or (q[0], q[2], q[3]) != (k[0], k[2], k[3]):
-        raise ValueError(
-            "attend needs q [B, Hq, N, D] and k, v [B, Hkv, N, D]; "
-            f"got q {list(q)}, k {list(k)}, v {list(v)}"
-        )
-    if dtype not in _DTYPE_NAMES:
-        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(DTYPES)}")
-    p = Problem(
-        batch=q[0], q_heads=q[1], kv_heads=k[1], seq_len=q[2], head_dim=q[3],
-        dtype=_DTYPE_NAMES[dtype], causal=causal,
-    )  # fmt: skip
-    return plan(method, p, backend)

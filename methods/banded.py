@@ -184,6 +184,15 @@ def merged_bands(method: Banded, p: Problem) -> Tensor:
     return torch.tensor(filled, dtype=torch.int64, device="cpu")
 
 
+def shared_window(method: Method, p: Problem) -> int | None:
+    """The largest distance seen, where every head sees all up to it and nothing else; or None."""
+    if not isinstance(method, Banded) or method.prefix(p):
+        return None
+    heads = merged_bands(method, p)
+    alike = len(heads.unique(dim=0)) == 1 and heads.shape[1] == 1 and int(heads[0, 0, 0]) == 0
+    return int(heads[0, 0, 1]) if alike else None
+
+
 def _merge(intervals: Sequence[Interval], seq_len: int) -> list[Interval]:
     merged: list[Interval] = []
     for lo, hi in sorted((max(0, lo), min(hi, seq_len - 1)) for lo, hi in intervals):

@@ -87,29 +87,29 @@ class BigBird(Method):
         Raises:
             ValueError: wrong shape or type, or a block that does not exist.
         """
-        wanted = (p.q_heads, self.n_blocks(p))
-        whole = not (blocks.is_floating_point() or blocks.is_complex())
-        if blocks.ndim != 3 or blocks.shape[:2] != wanted or not whole:
-            raise ValueError(
-                f"bigbird: random blocks are {blocks.dtype} of shape {list(blocks.shape)}; "
-                f"they must be whole numbers of shape [{wanted[0]}, {wanted[1]}, any]"
-            )
-        if blocks.numel() and (blocks.min() < -1 or blocks.max() >= wanted[1]):
-            raise ValueError(
-                f"bigbird: random blocks are {int(blocks.min())} to {int(blocks.max())}; "
-                f"they must be -1 (none) to {wanted[1] - 1}"
-            )
-        return DrawnBlocks(blocks)
+        state = DrawnBlocks(blocks)
+        self.check_state(state, p)
+        return state
 
     def check_state(self, state: DrawnBlocks, p: Problem) -> None:
         if not isinstance(state, DrawnBlocks):
             kind = type(state).__name__
             raise ValueError(f"bigbird: the state is a {kind}; drawn_blocks makes what it must be")
-        wanted, found = [p.q_heads, self.n_blocks(p)], list(state.blocks.shape[:2])
-        if found != wanted:
+        blocks, wanted = state.blocks, (p.q_heads, self.n_blocks(p))
+        given, dtype = f"a {type(blocks).__name__}", torch.bool
+        if isinstance(blocks, Tensor):
+            given, dtype = f"{blocks.dtype} of shape {list(blocks.shape)}", blocks.dtype
+        whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+        if not whole or blocks.ndim != 3 or blocks.shape[:2] != wanted:
             raise ValueError(
-                f"bigbird: the state has random blocks for {found[0]} heads and {found[1]} blocks "
-                f"of tokens; there are {wanted[0]} and {wanted[1]}"
+                f"bigbird: random blocks are {given}; "
+                f"they must be whole numbers of shape [{wanted[0]}, {wanted[1]}, any]"
+            )
+        low, high = torch.stack(blocks.long().aminmax()).tolist() if blocks.numel() else (-1, -1)
+        if low < -1 or high >= wanted[1]:
+            raise ValueError(
+                f"bigbird: random blocks are {low} to {high}; "
+                f"they must be -1 (none) to {wanted[1] - 1}"
             )
 
     def mask_mod(
@@ -196,12 +196,12 @@ class BigBird(Method):
         """The random blocks, one tensor [H, n_blocks] a draw."""
         if state is None:
             drawn = draw_blocks(p.q_heads, self.n_blocks(p), self.n_random, self.seed, p.causal)
-            state = self.drawn_blocks(drawn, p)
+            state = DrawnBlocks(drawn)
         self.check_state(state, p)
-        blocks = state.blocks.to(device)
+        blocks = state.blocks.to(device, torch.int32)  # one that is unsigned has no -1
         row = torch.arange(self.n_blocks(p), device=device)[:, None]
         void = self._sees_all(p)(row) | (p.causal & (blocks > row))
-        return list(blocks.masked_fill(void, -1).int().movedim(-1, 0).contiguous())
+        return list(blocks.masked_fill(void, -1).movedim(-1, 0).contiguous())
 
     def _counter(
         self, p: Problem, device: torch.device, state: DrawnBlocks | None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +19,9 @@ STRIP_ELEMENTS = 1 << 24
 
 
 def block_mask(
-    method: Method,
-    p: Problem,
-    device: torch.device | str,
-    block_size: tuple[int, int] = (128, 128),
-    *,
-    state: Any = None,
-    narrow: bool = False,
-) -> BlockMask:
+    method: Method, p: Problem, device: torch.device | str,
+    block_size: tuple[int, int] = (128, 128), *, state: Any = None, narrow: bool = False,
+) -> BlockMask:  # fmt: skip
     """Block lists of a method: partial and full blocks, by query row and by key column.
 
     Args:
@@ -39,15 +36,13 @@ def block_mask(
         `create_block_mask` itself, which evaluates all N x N pairs.
 
     Raises:
-        ValueError: block_size is no pair of sizes.
+        ValueError: block_size is no pair of sizes, there is no such device, or the mask_mod is a
+            bound method.
     """
-    pair = isinstance(block_size, tuple) and len(block_size) == 2
-    if not pair or any(type(size) is not int or size < 1 for size in block_size):
-        raise ValueError(
-            f"block_size is {block_size!r}; it must be (query rows, keys), whole numbers above 0"
-        )
-    device = torch.device(device)
+    device = _checked(device, block_size)
     mask_mod = method.mask_mod(p, device, state)
+    if isinstance(mask_mod, MethodType):  # torch would count its self among four positions
+        raise ValueError(f"{method.name}: mask_mod gives a bound method; it must give a closure")
     evaluate = _grid_of(method, p, device, block_size, state)
     if evaluate is None:
         batch = None if state is None else p.batch
@@ -60,6 +55,18 @@ def block_mask(
         (p.seq_len, p.seq_len), *partial_kv, *full_kv, *partial_q, *full_q,
         BLOCK_SIZE=block_size, mask_mod=mask_mod,
     )  # fmt: skip
+
+
+def _checked(device: torch.device | str, block_size: tuple[int, int]) -> torch.device:
+    pair = isinstance(block_size, tuple) and len(block_size) == 2
+    if not pair or any(type(size) is not int or size < 1 for size in block_size):
+        raise ValueError(
+            f"block_size is {block_size!r}; it must be (query rows, keys), whole numbers above 0"
+        )
+    with suppress(RuntimeError, TypeError):
+        if (known := torch.device(device)).type != "meta":  # whose lists nobody could read
+            return known
+    raise ValueError(f"device is {device!r}; it must be one that computes, as cpu or cuda:0")
 
 
 def computed_pairs(mask: BlockMask, p: Problem) -> int:

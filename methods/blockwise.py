@@ -43,7 +43,7 @@ def blockwise(
         k, v: [B, Hkv, N, D]; query head h reads head h // (Hq // Hkv).
         block_mask: lists [B or 1, Hq or 1, rows, any width].
         score_mod: (score, b, h, q_idx, kv_idx) -> score, differentiable in the score. Tensors
-            that it captures get no gradient.
+            that it captures get no gradient; one that wants one is refused.
         scale: factor of q k^T; 1 / sqrt(D) where not given.
 
     Returns:
@@ -51,9 +51,12 @@ def blockwise(
         (float64 for float64). A row without keys has out 0, lse -inf and no gradient.
 
     Raises:
-        ValueError: q, k, v and the block mask do not fit together.
+        ValueError: q, k, v and the block mask do not fit together, or score_mod reads a tensor
+            that wants a gradient.
     """
     _check(q, k, v, block_mask)
+    if score_mod is not None and torch.is_grad_enabled():
+        _check_captured(score_mod, q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return _Blockwise.apply(q, k, v, block_mask, score_mod, scale)
 
@@ -178,13 +181,17 @@ class _Call:
             scores.requires_grad_()
             modified = self._modify(tile, scores)
         weights = _exp_(self._mask(tile, modified.detach().clone()).sub_(lse))
+        if not modified.requires_grad:  # whatever the score is
+            return weights, dp.zero_()
         (ds,) = torch.autograd.grad(modified, scores, dp.mul_(weights))
         return weights, ds
 
     def _modify(self, tile: _Tile, scores: Tensor) -> Tensor:
         if self.score_mod is None:
             return scores
-        return self.score_mod(scores, tile.b, tile.h, *self._positions(tile)).to(self.dtype)
+        modified = self.score_mod(scores, tile.b, tile.h, *self._positions(tile))
+        # One that leaves the score out may be smaller.
+        return modified.to(self.dtype).expand_as(scores).contiguous()
 
     def _mask(self, tile: _Tile, scores: Tensor) -> Tensor:
         """Writes -inf at the pairs of partial blocks that are not allowed."""
@@ -270,6 +277,18 @@ def _gather(x: Tensor, blocks: Tensor) -> Tensor:
 def _exp_(x: Tensor) -> Tensor:
     """exp in place, by exp2: a CPU's exp is many times slower at -inf and where it underflows."""
     return x.mul_(math.log2(math.e)).exp2_()
+
+
+def _check_captured(score_mod: ScoreMod, q: Tensor) -> None:
+    """Runs it for one pair whose score wants no gradient: whatever wants one is captured."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    score = torch.zeros(1, 1, 1, dtype=dtype, device=q.device)
+    place = score.int()
+    if score_mod(score, place, place, place, place).requires_grad:
+        raise ValueError(
+            "score_mod reads a tensor that wants a gradient; backend blockwise gives none: "
+            "detach it, or call under torch.no_grad()"
+        )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:

@@ -40,6 +40,16 @@ class Rounds:
     order: Tensor
     slot: Tensor
 
+    def fault(self, shape: tuple[int, ...]) -> str | None:
+        """Why no call of buckets of this shape has it, or None; not whether the order is one."""
+        for name, x in vars(self).items():
+            if not isinstance(x, Tensor):
+                return f"{name} is a {type(x).__name__}; it must be torch.int64 {list(shape)}"
+            if x.dtype != torch.int64 or x.shape != shape:
+                given = f"{x.dtype} {list(x.shape)}"
+                return f"{name} is {given}; it must be torch.int64 {list(shape)}"
+        return None
+
 
 @dataclass(frozen=True)
 class Chunks(Method):

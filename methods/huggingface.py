@@ -323,7 +323,7 @@ class Interface:
         index = torch.arange(call.offset, call.offset + tokens, device=query.device)
         bias = method.rows(p, query.device, index.expand(heads, -1), state)
         empty = (bias == -torch.inf).all(-1, keepdim=True)
-        bias = bias.masked_fill(empty, 0).to(query.dtype)
+        bias, key = bias.masked_fill(empty, 0).to(query.dtype), method.keys(key)
         out = F.scaled_dot_product_attention(query, key, value, bias, enable_gqa=True)
         return out.masked_fill(empty, 0)
 

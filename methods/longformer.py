@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from methods.banded import Banded, Interval, dense_pairs, distance_test
 from methods.blocks import computed_pairs
-from methods.method import Layout, MaskMod, Method, Problem, kept, static_parts
+from methods.method import Layout, MaskMod, Method, Problem, ScoreMod, kept, static_parts
 from methods.residue import ResidueOrder
 
 Run = Callable[[Layout], tuple[Tensor, Tensor | None]]
@@ -308,10 +308,10 @@ def attend_globals(
     else:
         parts = _apart(method, p, state.tokens, block_size)
     rows = Layout(
-        _take(global_qkv[0], parts.order), *global_qkv[1:], parts.rows,
+        _take(global_qkv[0], parts.order), method.keys(global_qkv[1]), global_qkv[2], *parts.rows,
         restore=lambda out, lse: _take(out, parts.back),
     )  # fmt: skip
-    return _run(run, Layout(q, k, v, parts.ordinary)) + _run(run, rows)
+    return _run(run, Layout(q, method.keys(k), v, *parts.ordinary)) + _run(run, rows)
 
 
 def _check_shapes(given: Projections, wanted: Projections) -> None:
@@ -328,10 +328,10 @@ def _run(run: Run, layout: Layout) -> Tensor:
 
 
 class _Apart(NamedTuple):
-    """Block lists of ordinary rows and of global ones, and the order of tokens in the latter."""
+    """Block lists and score_mod of ordinary rows and of global ones, and the latter's order."""
 
-    ordinary: BlockMask
-    rows: BlockMask
+    ordinary: tuple[BlockMask, ScoreMod | None]
+    rows: tuple[BlockMask, ScoreMod | None]
     order: Tensor
     back: Tensor
 
@@ -339,10 +339,16 @@ class _Apart(NamedTuple):
 def _apart(method: Longformer, p: Problem, tokens: Tensor, block_size: tuple[int, int]) -> _Apart:
     """Global rows come first, the others are empty: shapes do not depend on how many there are."""
     order = (~tokens).byte().argsort(dim=1, stable=True)
-    state = (order.int(), tokens.sum(1, dtype=torch.int32))
+    token, device, apart = order.int(), tokens.device, GlobalTokens(tokens, apart=True)
+    state = (token, tokens.sum(1, dtype=torch.int32))
+    score_mod = method.score_mod(p, device, apart)
+
+    def of_rows(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h, token[b, q_idx], kv_idx)
+
     return _Apart(
-        method.blocks(p, tokens.device, block_size, GlobalTokens(tokens, apart=True)),
-        _GlobalRows().blocks(p, tokens.device, block_size, state),
+        (method.blocks(p, device, block_size, apart), score_mod),
+        (_GlobalRows().blocks(p, device, block_size, state), score_mod and of_rows),
         order,
         order.argsort(dim=1),
     )

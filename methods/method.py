@@ -45,6 +45,9 @@ class Problem:
         dtype: "bfloat16", "float16", "float32" or "float64".
         causal: whether a query sees only keys at or before its own position.
 
+    kv_heads is a number from then on, which `dataclasses.replace` keeps: give it None along with
+    other q_heads for as many of them.
+
     Raises:
         ValueError: a figure is outside its range, in one line that names the range.
     """
@@ -109,8 +112,9 @@ class Layout:
 class Method:
     """One sparse attention method: a frozen dataclass of the paper's parameters.
 
-    Only `mask_mod` must be written. `grid` makes block lists cheap, `allowed_pairs` a closed
-    form; without them both are found by evaluating `mask_mod`.
+    Only `name` and `mask_mod` must be written. `grid` makes block lists cheap, `allowed_pairs` a
+    closed form; without them both are found by evaluating `mask_mod`. What follows from a method
+    is kept by its value, so that one whose attributes can change is refused.
     """
 
     name: ClassVar[str]
@@ -153,15 +157,31 @@ class Method:
         return None
 
     def keys(self, k: Tensor) -> Tensor:
-        """What scores are taken with, of k [B, Hkv, N, D]: differentiable, homogeneous in k."""
+        """What scores are taken with, of k [B, Hkv, N, D] in token order: a tensor like it.
+
+        Differentiable, and homogeneous in k. `layout` applies it, one of the method's own too;
+        varlen refuses methods that have one.
+        """
         return k
 
     def mask_mod(self, p: Problem, device: torch.device, state: Any = None) -> MaskMod:
-        """The definition: a closure (b, h, q_idx, kv_idx) -> bool tensor."""
+        """The definition: a closure (b, h, q_idx, kv_idx) -> bool tensor.
+
+        It is given integer tensors that broadcast against one another, h of query heads, and
+        gives any shape that broadcasts to theirs. A bound method is refused, of which torch would
+        count `self`.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no mask_mod")
 
     def score_mod(self, p: Problem, device: torch.device, state: Any = None) -> ScoreMod | None:
-        """A closure (score, b, h, q_idx, kv_idx) -> score that adds a bias, or None."""
+        """A closure (score, b, h, q_idx, kv_idx) -> score that adds a bias, or None.
+
+        The score is q k^T / sqrt(D) in float32, or float64; positions are as for `mask_mod`. The
+        closure is differentiable in the score, and may be asked about pairs that the mask
+        excludes. Of tensors that it captures, one that wants a gradient gets it on a GPU alone:
+        backend blockwise raises ValueError, unless gradients are disabled. `rows`, and so the
+        gate, take the closure for a bias that does not depend on the score.
+        """
         return None
 
     def grid(
@@ -212,19 +232,32 @@ class Method:
         self, q: Tensor, k: Tensor, v: Tensor, p: Problem, state: Any = None,
         block_size: tuple[int, int] = (128, 128),
     ) -> Layout:  # fmt: skip
-        """What the kernel receives; the default is token order with a block mask."""
+        """What the kernel receives; the default is token order with a block mask.
+
+        Args:
+            q, k, v: [B, Hq, N, D], [B, Hkv, N, D], [B, Hkv, N, D].
+            state: what `prepare` gave, or a caller and `check_state` let pass.
+            block_size: (query rows, keys) of a block.
+
+        Raises:
+            ValueError: no state where the method needs one, or a block size that is none.
+        """
         if state is None:
             mask, score_mod = static_parts(self, p, q.device, block_size)
         else:
             mask = self.blocks(p, q.device, block_size, state)
             score_mod = self.score_mod(p, q.device, state)
-        return Layout(q, k, v, mask, score_mod)
+        return Layout(q, self.keys(k), v, mask, score_mod)
 
     def blocks(
         self, p: Problem, device: torch.device, block_size: tuple[int, int] = (128, 128),
         state: Any = None,
     ) -> BlockMask:  # fmt: skip
-        """The blocks that a kernel visits, in the order of the layout."""
+        """The blocks that a kernel visits, in the order of the layout: [B or 1, H or 1, L, L].
+
+        Raises:
+            ValueError: as `methods.block_mask`.
+        """
         # Of full width with a state: one that followed the data would be compiled anew for each.
         narrow = device.type == "cuda" and state is None
         return block_mask(self, p, device, block_size, state=state, narrow=narrow)

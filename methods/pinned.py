@@ -128,4 +128,4 @@ class Pinned(Method):
         if key not in state.parts:
             mask = block_mask(self, p, q.device, block_size, state=state)
             state.parts[key] = mask, self.score_mod(p, q.device, state)
-        return Layout(q, k, v, *state.parts[key])
+        return Layout(q, self.keys(k), v, *state.parts[key])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields, is_dataclass
+from functools import cached_property
 
 from methods.bigbird import BigBird
 from methods.longformer import Longformer
@@ -36,14 +38,11 @@ def resolve(method: str | Method) -> Method:
     """The Method of a name, or the Method itself.
 
     Raises:
-        ValueError: neither a Method nor the name of a preset; names the nearest, or all.
+        ValueError: neither a Method nor the name of a preset; names the nearest, or all. Or a
+            Method that is no value, by which its results could be kept.
     """
     if isinstance(method, Method):
-        try:
-            hash(method)
-        except TypeError as error:
-            why = f"a field cannot be hashed ({error}); give a tuple in place of a list"
-            raise ValueError(f"{method.name}: {why}") from None
+        _check_value(method)
         return method
     if not isinstance(method, str):
         raise ValueError(f"method is {method!r}; it must be a Method or the name of a preset")
@@ -52,3 +51,25 @@ def resolve(method: str | Method) -> Method:
         hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(METHODS)}"
         raise ValueError(f"method is {method!r}, which is unknown; {hint}")
     return METHODS[method]
+
+
+def _follows(kind: type[Method], attribute: str) -> bool:
+    return isinstance(getattr(kind, attribute, None), cached_property)
+
+
+def _check_value(method: Method) -> None:
+    """Whether it is what it was whenever it is equal to what it was, and has a name."""
+    kind = type(method)
+    if not isinstance(name := getattr(method, "name", None), str) or not name:
+        raise ValueError(f"{kind.__name__} has no name; give the class an attribute name, a str")
+    frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen
+    known = {field.name for field in fields(kind)} if frozen else ()
+    loose = [x for x in vars(method) if x not in known and not _follows(kind, x)]
+    if loose or (is_dataclass(kind) and not frozen):
+        has = f"{', '.join(loose)} can change" if loose else "it is not frozen"
+        raise ValueError(f"{name}: {has}; a method's parameters are fields of a frozen dataclass")
+    try:
+        hash(method)
+    except TypeError as error:
+        why = f"a field cannot be hashed ({error}); give a tuple in place of a list"
+        raise ValueError(f"{name}: {why}") from None

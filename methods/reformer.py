@@ -37,7 +37,8 @@ class Reformer(Method):
     into chunks. A query's candidates are its own chunk and the one before. Exact mode is one
     softmax over the union of all rounds' candidates, as in the paper: a pair takes part in the
     first round that lists it, and rounds are merged by their log-sum-exp.
-    A token's score with itself is lowered by 1e5, so that it counts where nothing else does.
+    A token's score with itself is lowered by 1e5, so that it counts where nothing else does; of
+    scores beyond 5e4, which only x of such a length has, it counts beside others.
 
     Under causality j <= i in the text. Values obey it; but where chunks begin depends on all
     tokens, so that another x of a later token moves outputs of earlier ones. The original and
@@ -167,13 +168,13 @@ class Reformer(Method):
         """State of a call with these buckets.
 
         Args:
-            buckets: [B, H, n_rounds, N], whole numbers of at most 32 bits in any integer dtype;
-                within a round only their order counts.
+            buckets: [B, H, n_rounds, N], whole numbers from -2^31 to 2^31 - 1 in any integer
+                dtype; within a round only their order counts.
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: another shape or dtype, or a number outside that range.
         """
-        wanted = (p.batch, p.q_heads, self.n_rounds, p.seq_len)
+        wanted = self._shape(p)
         if not isinstance(buckets, Tensor):
             kind = type(buckets).__name__
             raise ValueError(f"reformer: buckets are a {kind}; they must be a tensor of integers")
@@ -183,7 +184,18 @@ class Reformer(Method):
             )
         if buckets.is_floating_point() or buckets.is_complex() or buckets.dtype == torch.bool:
             raise ValueError(f"reformer: buckets are {buckets.dtype}; they must be integers")
+        low, high = (int(x) for x in buckets.double().aminmax())  # no dtype of integers holds all
+        if not -MOST_BUCKETS <= low <= high < MOST_BUCKETS:
+            raise ValueError(f"reformer: buckets are {low} to {high}; they must fit in int32")
         return self._rounds(buckets, p, None)
+
+    def _shape(self, p: Problem) -> tuple[int, ...]:
+        return p.batch, p.q_heads, self.n_rounds, p.seq_len
+
+    def check_state(self, state: Rounds, p: Problem) -> None:
+        """As `Method.check_state`; what is in it is believed, also what is no order."""
+        if fault := _given(state).fault(self._shape(p)):
+            raise ValueError(f"reformer: the state's {fault}")
 
     def _rounds(self, buckets: Tensor, p: Problem, count: int | None) -> Rounds:
         """As `rounds`, of sound buckets; below `count` where that is known."""
@@ -339,10 +351,6 @@ class Reformer(Method):
         q and k may be two tensors of equal values, so that their gradients can be told apart.
         """
         state, chunks = _given(state), Chunks(self)
-        if state.slot.shape != (wanted := (p.batch, p.q_heads, self.n_rounds, p.seq_len)):
-            raise ValueError(
-                f"reformer: the state is for {list(state.slot.shape)}; it must be {list(wanted)}"
-            )
         slots = chunks.problem(p)
         mask = copy.copy(static_parts(chunks, slots, q.device, block_size)[0])
         mask.mask_mod = chunks.mask_mod(slots, q.device, state)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from methods.method import Layout, MaskMod, Method, Problem, kept
+from methods.method import Layout, MaskMod, Method, Problem, ScoreMod, kept
 
 if TYPE_CHECKING:
     from methods.longformer import Longformer
@@ -37,6 +37,14 @@ class ResidueOrder(Method):
             return in_tokens(b, h, order[h, q_idx], order[h, kv_idx])
 
         return mask
+
+    def score_mod(self, p: Problem, device: torch.device, state: Any = None) -> ScoreMod | None:
+        in_tokens, order = self.inner.score_mod(p, device), self._order(p, device)
+        if in_tokens is None:
+            return None
+        return lambda score, b, h, q_idx, kv_idx: in_tokens(
+            score, b, h, order[h, q_idx], order[h, kv_idx]
+        )
 
     def grid(
         self, p: Problem, device: torch.device, b: Tensor, h: Tensor,
@@ -74,11 +82,9 @@ class ResidueOrder(Method):
         """Tokens in slots; k and v get a copy for each query head, whose orders may differ."""
         heads = p.q_heads
         to_q, to_kv, back = _moves(*self._key(p, q.device), p.group)
-        q, k, v = (_take(x, index, heads) for x, index in ((q, to_q), (k, to_kv), (v, to_kv)))
-        in_slots = super().layout(q, k, v, p, None, block_size)
-        return Layout(
-            q, k, v, in_slots.block_mask, restore=lambda out, lse: _take(out, back, heads)
-        )
+        moved = (q, to_q), (self.inner.keys(k), to_kv), (v, to_kv)  # keys() counts Hkv heads
+        in_slots = super().layout(*(_take(x, to, heads) for x, to in moved), p, None, block_size)
+        return replace(in_slots, restore=lambda out, lse: _take(out, back, heads))
 
 
 @kept(32)

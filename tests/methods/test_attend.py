@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from methods import METHODS, Banded, Problem, attend
 from methods.attend import compiled_copy, plan
-from methods.bigbird import BigBird
+from methods.bigbird import BigBird, DrawnBlocks
 from methods.longformer import GlobalTokens, Longformer
 from methods.method import static_parts
 from tests.methods.dense import STATIC
@@ -141,10 +141,15 @@ def test_random_blocks_of_the_callers_own():
     with pytest.raises(ValueError, match=r"^bigbird: the state is a Tensor; drawn_blocks makes"):
         attend(q, k, v, method, state=drawn)
     shorter = method.drawn_blocks(drawn[:, :5], replace(p, seq_len=80))
-    with pytest.raises(
-        ValueError, match=r"for 4 heads and 5 blocks of tokens; there are 4 and 6$"
+    for blocks, given in (
+        (shorter.blocks, r"torch.int64 of shape \[4, 5, 1\]; .* of shape \[4, 6, any\]$"),
+        (drawn + 97, "99; they must be -1 .none. to 5$"),
+        (drawn > 0, "torch.bool of shape"),
+        (drawn[..., 0], r"shape \[4, 6\]; "),
+        (drawn.tolist(), "a list; they must be whole numbers"),
     ):
-        attend(q, k, v, method, state=shorter)
+        with pytest.raises(ValueError, match=f"^bigbird: random blocks are .*{given}"):
+            attend(q, k, v, method, state=DrawnBlocks(blocks))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +243,7 @@ def _double(x):
         ({"method": "longformer", "global_tokens": [None]}, "global_tokens is a list"),
         ({"backend": ["flex"]}, "backend is ['flex']; it must be one of auto, flex"),
         ({"method": Listed([1])}, "listed: a field cannot be hashed"),
+        ({"causal": [True]}, "causal is [True]; it must be True or False"),
         ({"method": Flat()}, "flat gives bands [(0, 5)]; for each head they must be a list"),
         ({"state": torch.zeros(3)}, "spattention takes no state; a Tensor was given"),
         ({"method": "longformer", "state": torch.zeros(2, 200)}, "none that globals_state makes"),
@@ -262,6 +268,29 @@ def test_bad_input_is_one_line(change, message):
         attend(**arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_was_asked_before_makes_no_other_value_true():
+    q, k, v = tensors(n=16)
+    attend(q, k, v, causal=True), attend(q, k, v, causal=False)
+    for causal in (1, 0, 1.0):
+        with pytest.raises(ValueError, match=rf"^causal is {causal}; it must be True or False$"):
+            attend(q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("backend", ["auto", "flex", "eager", "blockwise"])
+def test_tensors_without_elements(backend):
+    q, k, v = (x.to("meta") for x in tensors())
+    with pytest.raises(ValueError, match=r"^q, k, v are on meta, without elements; give tensors"):
+        attend(q, k, v, backend=backend)
+
+
+def test_a_method_is_compiled_once_however_it_is_named():
+    q, k, v = tensors(n=48)
+    counters.clear()
+    for method in ("local_only", METHODS["local_only"], replace(METHODS["local_only"])):
+        attend(q, k, v, method)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("name", ["spattention", "reformer"])

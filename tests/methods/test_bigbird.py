@@ -225,16 +225,6 @@ def test_given_blocks_are_read_by_the_call_they_are_given_to() -> None:
         assert not causal or not masks[0].triu(1).any()
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [{"multiplicity": "no"}, {"last_row_dense": 1}, {"seed": 1 << 64}, {"seed": 1.0}],
-)
-def test_parameters_of_another_type_are_refused(parameters: dict[str, object]) -> None:
-    (name,) = parameters
-    with pytest.raises(ValueError, match=f"bigbird: {name} is "):
-        BigBird(**parameters)
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("given", [False, True])
 def test_mask_and_scores_are_the_predicate(causal: bool, given: bool) -> None:
@@ -254,6 +244,32 @@ def test_mask_and_scores_are_the_predicate(causal: bool, given: bool) -> None:
             count = listings(method, p, drawn[h, i // block].tolist(), i // block, j // block)
             count *= j <= i or not causal
             assert bias[0, h, i, j].exp() == pytest.approx(count), (n, h, i, j)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("n", "block"), [(300, 16), (320, 64), (450, 48), (700, 20)])
+def test_attention_over_several_kernel_blocks_is_the_predicate(
+    n: int, block: int, causal: bool
+) -> None:
+    """The listings of every pair of blocks by loops, spread over tokens: mask, bias and lists."""
+    p, method = problem(n, causal), BigBird(block, 2 if causal else 0, multiplicity=True)
+    n_blocks = method.n_blocks(p)
+    generator = torch.Generator().manual_seed(n)
+    given = torch.randint(-1, n_blocks, (HEADS, n_blocks, 3), generator=generator)
+    place = torch.arange(n) // block
+    for drawn, state in (
+        (draw_blocks(HEADS, n_blocks, method.n_random, 0, causal), None),
+        (given, method.drawn_blocks(given, p)),
+    ):
+        counts = torch.zeros(HEADS, n_blocks, n_blocks)
+        for h, a, c in product(range(HEADS), range(n_blocks), range(n_blocks)):
+            counts[h, a, c] = listings(method, p, drawn[h, a].tolist(), a, c)
+        counts = counts[:, place[:, None], place]
+        counts = counts.tril() if causal else counts
+        assert torch.equal(dense_mask(method, p, state)[0], counts > 0)
+        bias, inputs = counts.double().log()[None], operands(p)
+        found = run(method, inputs, p, state)
+        assert (found - attention(*inputs, bias)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -336,44 +352,3 @@ def test_blocks_equal_dense_attention_and_its_gradients(causal: bool) -> None:
     gradients = (torch.autograd.grad((x * weights).sum(), inputs) for x in (actual, expected))
     for mine, reference_gradient in zip(*gradients, strict=True):
         assert (mine - reference_gradient).abs().max() < 1e-12
-
-
-# bad input
-
-
-@pytest.mark.parametrize(
-    "parameters", [{"block": 0}, {"block": 64.0}, {"n_random": -1}, {"seed": -1}, {"seed": None}]
-)
-def test_bad_parameters(parameters: dict[str, object]) -> None:
-    with pytest.raises(
-        ValueError, match=r"bigbird: \w+ is .*; it must be a whole number"
-    ) as error:
-        BigBird(**parameters)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_more_random_blocks_than_exist(causal: bool) -> None:
-    free = 13 if causal else 11
-    BigBird(64, free).validate(problem(1000, causal))
-    with pytest.raises(ValueError, match=f"n_random is {free + 1}; 1000 .* leave {free} outside"):
-        BigBird(64, free + 1).validate(problem(1000, causal))
-    with pytest.raises(ValueError, match="leave 0 outside"):
-        BigBird(64, 1).validate(problem(64, causal))
-
-
-@pytest.mark.parametrize(
-    ("shape", "value", "message"),
-    [
-        ((2, 4, 3), 4, "random blocks are 4 to 4; they must be -1 .none. to 3"),
-        ((2, 4, 3), -2, "random blocks are -2"),
-        ((2, 3, 3), 0, r"shape \[2, 3, 3\]; they must be whole numbers of shape \[2, 4, any\]"),
-        ((1, 4, 3), 0, r"shape \[1, 4, 3\]"),
-        ((4, 3), 0, r"shape \[4, 3\]"),
-    ],
-)
-def test_bad_blocks(shape: tuple[int, ...], value: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        BigBird().drawn_blocks(torch.full(shape, value), problem(256))
-    with pytest.raises(ValueError, match=r"torch.float32 .* must be whole numbers"):
-        BigBird().drawn_blocks(torch.zeros(2, 4, 3), problem(256))

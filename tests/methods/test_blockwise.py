@@ -176,6 +176,55 @@ def test_gradients_through_a_score_mod(score_mod, method):
     assert_matches_dense(p, mask, score_mod)
 
 
+def constant(score, b, h, q_idx, kv_idx):
+    return torch.zeros_like(score)
+
+
+def by_key(score, b, h, q_idx, kv_idx):
+    return -0.1 * kv_idx
+
+
+def same_for_all(score, b, h, q_idx, kv_idx):
+    return score.new_tensor(3)
+
+
+@pytest.mark.parametrize("score_mod", [constant, by_key, same_for_all])
+def test_a_score_mod_that_leaves_the_score_out(score_mod):
+    """q and k then have a gradient, which is 0."""
+    p = problem()
+    mask = block_mask(METHODS["spattention"], p, CPU, (32, 64))
+    (q, k, v), (dout, _) = operands(p)
+    out, _ = blockwise(q, k, v, mask, score_mod)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    assert not dq.any() and not dk.any()
+    position = torch.arange(200)
+    allowed = evaluate(mask.mask_mod, p)
+    weights = score_mod(q.detach()[0, 0, 0, 0], 0, 0, position[:, None], position[None])
+    weights = weights.double().expand(200, 200).exp() * allowed
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+    torch.testing.assert_close(out, weights @ v.repeat_interleave(2, 1), atol=1e-12, rtol=0)
+    expected = (weights.mT @ dout).unflatten(1, (2, 2)).sum(2)
+    torch.testing.assert_close(dv, expected, atol=1e-12, rtol=0)
+
+
+def test_a_captured_tensor_that_wants_a_gradient_is_refused():
+    """It would get none, in silence; where gradients are disabled it wants none."""
+    p, slopes = problem(), torch.ones(4, dtype=torch.float64, requires_grad=True)
+    mask = block_mask(METHODS["standard"], p, CPU, (32, 64))
+    qkv, _ = operands(p)
+
+    def learned(score, b, h, q_idx, kv_idx):
+        return score - slopes[h] * (q_idx - kv_idx)
+
+    for inputs in (qkv, [x.detach() for x in qkv]):
+        with pytest.raises(ValueError, match=r"^score_mod reads a tensor that wants a gradient; "):
+            blockwise(*inputs, mask, learned)
+    with torch.no_grad():
+        found, _ = blockwise(*qkv, mask, learned)
+    slopes.requires_grad_(False)
+    assert torch.equal(blockwise(*qkv, mask, learned)[0], found)
+
+
 def test_a_score_mod_keeps_the_dtype_of_the_sums():
     p = problem(dtype="float32")
     assert_matches_dense(p, block_mask(METHODS["standard"], p, CPU, (64, 64)), alibi, 1e-4)

@@ -139,6 +139,16 @@ def test_lines_sorted_at_once_are_sorted_each(dtype: torch.dtype, count: int | N
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lines_of_any_32_bits_are_sorted_together(dtype: torch.dtype) -> None:
+    """The ends of int32 side by side, in neighbouring lines."""
+    ends = torch.tensor([-(1 << 31), -(1 << 31) + 1, -1, 0, 1, (1 << 31) - 2, (1 << 31) - 1])
+    draw = torch.randint(7, (2, 3, 40), generator=torch.Generator().manual_seed(2))
+    buckets = ends[draw].to(dtype)
+    found = stable_order(buckets, together=True)
+    assert torch.equal(found, draw.argsort(dim=-1, stable=True))
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("mode", ["exact", "transformers"])
 def test_what_a_gpu_compiles_is_what_a_cpu_runs(

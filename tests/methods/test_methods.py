@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from methods import METHODS, Method, Problem
-from methods.banded import Banded
+from methods.banded import Banded, shared_window
 from tests.methods.dense import STATIC
 
 CPU = torch.device("cpu")
 HEADS = (1, 2, 3, 8, 16)
-LENGTHS = (*range(1, 41), 67, 101, 129)
+LENGTHS = (*range(1, 71), 101, 129)
 SHORT_WINDOW = dataclasses.replace(METHODS["sliding_window"], window=5)
 
 Predicate = Callable[[int, int, int, int], bool]  # (tokens, heads, head, distance)
@@ -229,6 +229,32 @@ def test_bands_are_merged(bands: tuple[tuple[int, int], ...], causal: bool) -> N
     assert method.allowed_pairs(p) == int(expected.sum())
 
 
+@pytest.mark.parametrize(
+    ("bands", "reach"),
+    [
+        ((((0, 5), (6, 9)),), 9),  # adjacent
+        ((((3, 9), (0, 4)), ((0, 9),)), 9),  # alike once they are merged
+        ((((-2, 7),),), 7),
+        ((((0, 1000),),), 49),  # clipped to the tokens there are
+        ((((0, 3), (5, 9)),), None),
+        ((((1, 9),),), None),
+        ((((0, 9),), ((0, 8),)), None),
+        (((),), None),
+    ],
+)
+def test_a_window_that_all_heads_share(bands: tuple, reach: int | None) -> None:
+    p = Problem(seq_len=50, q_heads=2)
+    assert shared_window(GivenBands(given=bands), p) == reach
+
+
+def test_a_window_with_global_tokens_or_without_bands_is_none() -> None:
+    p = Problem(seq_len=600, q_heads=2)
+    assert shared_window(METHODS["sliding_window"], p) == 511
+    assert shared_window(dataclasses.replace(METHODS["longformer"], n_global=0), p) == 256
+    assert shared_window(METHODS["longformer"], p) is None
+    assert shared_window(METHODS["bigbird"], p) is None
+
+
 def test_bands_of_the_wrong_number_of_heads() -> None:
     method = GivenBands(given=(((0, 1),),) * 3)
     with pytest.raises(ValueError, match=r"given_bands gives bands for 3 heads; 8 .* needed"):
@@ -251,6 +277,12 @@ def test_problem_defaults() -> None:
     assert p == Problem(q_heads=12, kv_heads=12)
     assert hash(p) == hash(Problem(q_heads=12, kv_heads=12))
     assert Problem(dtype="float16").torch_dtype == torch.float16
+
+
+def test_other_heads_of_a_problem_keep_its_key_heads() -> None:
+    p = Problem(q_heads=8)
+    assert dataclasses.replace(p, q_heads=16).kv_heads == 8
+    assert dataclasses.replace(p, q_heads=16, kv_heads=None) == Problem(q_heads=16)
 
 
 @pytest.mark.parametrize(

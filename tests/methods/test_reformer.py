@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from methods import METHODS, Problem, attend
+from methods import Problem, attend
 from methods.banded import merged_bands
 from methods.bigbird import draw_blocks
 from methods.blockwise import blockwise
@@ -322,76 +322,6 @@ def test_later_values_move_nothing_earlier_but_later_keys_do() -> None:
     assert torch.equal(*held)
 
 
-# bad input
-
-
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"n_buckets": 7}, "n_buckets is 7; it must be an even number"),
-        ({"n_buckets": 0}, "n_buckets is 0"),
-        ({"n_buckets": (4, 3)}, "n_buckets is (4, 3)"),
-        ({"n_buckets": ()}, "n_buckets is ()"),
-        ({"n_rounds": 0}, "n_rounds is 0; it must be a whole number, 1 to 1024"),
-        ({"n_rounds": 1 << 62}, "1 to 1024"),
-        ({"chunk": 0}, "chunk is 0"),
-        ({"chunk": 16.0}, "chunk is 16.0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"before": -1}, "before is -1"),
-        ({"within_buckets": 1}, "within_buckets is 1"),
-        ({"mode": "trax"}, "one of exact, transformers, reformer_pytorch"),
-    ],
-)
-def test_bad_parameters(parameters: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        Reformer(**parameters)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        (Reformer(chunk=128), "chunk is 128; there are only 100 tokens"),
-        (Reformer(chunk=16, mode="transformers"), "100 tokens are no multiple of chunk 16"),
-        (Reformer(chunk=50, n_rounds=1, after=1, mode="transformers"), "ring of 2 chunks"),
-        (Reformer(chunk=20, mode="reformer_pytorch"), "N / chunk is 5; give an even n_buckets"),
-        (Reformer(chunk=50, n_buckets=(2,) * 31), "multiply to 2147483648; they must stay below"),
-    ],
-)
-def test_parameters_that_do_not_fit(method: Reformer, message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        method.validate(problem(100))
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_bad_tensors() -> None:
-    p = problem(100)
-    x, v = operands(p)
-    method = METHODS["reformer"]
-    with pytest.raises(ValueError, match=r"reformer shares queries and keys; k must be the tens"):
-        attend(x, x.clone(), v, method)
-    with pytest.raises(ValueError, match=r"3 query and 1 key heads"):
-        method.validate(replace(p, kv_heads=1))
-    with pytest.raises(ValueError, match=r"they must be \[2, 3, 4, 100\]"):
-        method.rounds(torch.zeros(2, 3, 1, 100, dtype=torch.long), p)
-    with pytest.raises(ValueError, match=r"buckets are torch.float32; they must be integers"):
-        method.rounds(torch.zeros(2, 3, 4, 100), p)
-    short = Reformer(chunk=16)
-    with pytest.raises(ValueError, match=r"state is for \[2, 3, 2, 100\]; it must be \[2, 3, 4, "):
-        short.layout(x, x, v, p, replace(short, n_rounds=2).prepare(x, x, p))
-    with pytest.raises(
-        ValueError, match=r"^reformer: the state is a \w+; rounds\(buckets\) makes"
-    ):
-        attend(x, x, v, short, state=x)
-    with pytest.raises(
-        ValueError, match=r"^reformer: the state is a \w+; rounds\(buckets\) makes"
-    ):
-        method.mask_mod(p, CPU)
-    single = [t.detach().float() for t in (x, v)]
-    with pytest.raises(ValueError, match=r"no log-sum-exp, which reformer needs"):
-        attend(single[0], single[0], single[1], Reformer(chunk=16), backend="flex")
-
-
 def test_every_token_s_bucket_is_held_against_float64():
     """Also behind the first tokens that are looked at together, and in between."""
     method, p = Reformer(n_rounds=2), Problem(q_heads=2, seq_len=8192, head_dim=32)
@@ -403,10 +333,3 @@ def test_every_token_s_bucket_is_held_against_float64():
         buckets[..., wrong] = 0
         fault = method.state_fault(x, x, p, method.rounds(buckets, p))
         assert "in other buckets" in fault
-
-
-def test_more_buckets_than_tokens_fill_are_refused():
-    p = Problem(seq_len=512)
-    Reformer(n_buckets=1024, chunk=64).validate(p)
-    with pytest.raises(ValueError, match="n_buckets has 1026 in one rotation; 512 tokens fill"):
-        Reformer(n_buckets=(2, 1026), chunk=64).validate(p)
