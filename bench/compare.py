@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,7 @@ from bench import derived
 from bench.chip import SHARED_CORES
 from bench.derived import Board, Cell
 from bench.record import STEP, Environment, Row, read_rows
-from bench.report import METHOD_WIDTH, NOTHING, PHASE_NAMES, problem_title, quantity
+from bench.report import METHOD_WIDTH, NOTHING, PHASE_NAMES, fits, problem_title, quantity
 from bench.stats import FEW, Ratio
 
 LIMIT = 1.01  # a factor nearer to 1 than this is no difference
@@ -284,8 +283,7 @@ def _table(pairs: Sequence[Pair], console: Console) -> Table:
             table.add_column(head, max_width=METHOD_WIDTH, **look)
         for row in rows:
             table.add_row(*(Text(row[h], STYLES.get(row[h], "")) for h in shown))
-        unbounded = console.options.update(max_width=1000)
-        if Measurement.get(console, unbounded, table).maximum <= console.width:
+        if fits(table, console, console.options):
             break
     return table
 

@@ -148,18 +148,14 @@ def _complexity_cells(c: Complexity, dense: Complexity) -> list[str]:
         f"`{c.method}`",
         f"{c.allowed_pairs}",
         f"{c.computed_pairs}",
-        _inverse(dense.allowed_pairs / c.allowed_pairs),
-        _inverse(dense.computed_pairs / c.computed_pairs),
+        f"1 / {dense.allowed_pairs / c.allowed_pairs:.2f}",
+        f"1 / {dense.computed_pairs / c.computed_pairs:.2f}",
         percent(100 * c.seen_pairs / c.causal_pairs),
         percent(100 * c.seen_once / c.causal_pairs),
         f"{c.allowed_pairs / c.seen_pairs:.2f}",
         f"{100 * c.empty_rows / rows:.1f} %",
         f"{max(c.allowed_by_head) * c.q_heads / c.allowed_pairs:.2f} x",
     ]
-
-
-def _inverse(factor: float) -> str:
-    return f"1 / {factor:.2f}"
 
 
 def _micro_benchmark(points: Sequence[Point]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -237,6 +237,18 @@ class Store:
     def replace(self, rows: Iterable[Row]) -> None:
         """Makes these the only rows of the file, at once or not at all."""
         self._replace(_HEADER + _lines(rows))
+
+    def put(
+        self, rows: list[Row], finished: list[Row], key: Callable[[Row], Hashable]
+    ) -> list[Row]:
+        """The file's rows with finished ones in place of those that have their keys, on disk."""
+        fresh = {key(row) for row in finished}
+        kept = [row for row in rows if key(row) not in fresh]
+        if len(kept) == len(rows):
+            self.append(finished)
+        else:
+            self.replace(kept + finished)
+        return kept + finished
 
     def _replace(self, content: bytes) -> None:
         old, self._file = self._file, self._draft.open("w+b", buffering=0)

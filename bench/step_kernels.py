@@ -52,15 +52,12 @@ def kernel_split(
     start = max((x.time_range.end for x in events if x.name in names), default=math.inf)
     if start == math.inf:
         raise RuntimeError("CUPTI did not see where the steps that count begin")
-    spans = [
-        (event.time_range.start, event.time_range.end, bool(ATTENTION.search(event.name)))
-        for event in events
-        if event.time_range.start >= start
-    ]
-    attention = covered((begin, end) for begin, end, named in spans if named)
+    spans = [(x.name, x.time_range.start, x.time_range.end) for x in events]
+    counted = [span for span in spans if span[1] >= start]
+    attention = covered([span[1:] for span in counted if ATTENTION.search(span[0])])
     if is_attention and not attention:
         raise RuntimeError("no kernel of the step is named for attention")
-    whole = max(end for _, end, _ in spans) - start
+    whole = max(end for _, _, end in counted) - start
     return attention / COUNTED, (whole - attention) / COUNTED
 
 

@@ -91,7 +91,7 @@ def _measure(
                 about = known.get((group.problem, group.block_size, cell))
                 measured[cell] = [_completed(row, about) for row in measured[cell]]
             finished = [row for cell in group.cells for row in measured[cell]]
-            rows = _put(rows, finished, store)
+            rows = store.put(rows, finished, _cell_key)
             bar.advance(task, len(group.cells))
     return rows
 
@@ -102,17 +102,6 @@ def _completed(row: Row, known: Known | None) -> Row:
         return row
     kernel, tiles = known.ran.get(row.phase) or (None, None)
     return replace(row, compile_s=known.compile_s, kernel=kernel, tiles=tiles)
-
-
-def _put(rows: list[Row], finished: list[Row], store: Store) -> list[Row]:
-    """All rows, on disk: finished ones replace those of the same cells on the same device."""
-    fresh = {_cell_key(row) for row in finished}
-    kept = [row for row in rows if _cell_key(row) not in fresh]
-    if len(kept) == len(rows):
-        store.append(finished)
-    else:
-        store.replace(kept + finished)
-    return kept + finished
 
 
 def _cell_key(row: Row) -> tuple:

@@ -283,17 +283,6 @@ def _apart(jobs: Sequence[Job], ranks: Ranks) -> Apart:
     return Apart(ranks, ahead=jobs[0].group.device != "cpu")
 
 
-def _put(rows: list[Row], finished: list[Row], store: Store) -> list[Row]:
-    """All rows, on disk: finished ones replace what was there of the same cell."""
-    fresh = {job_of(row) for row in finished}
-    kept = [row for row in rows if job_of(row) not in fresh]
-    if len(kept) == len(rows):
-        store.append(finished)
-    else:
-        store.replace(kept + finished)
-    return kept + finished
-
-
 @dataclass(frozen=True)
 class _Run:
     """The cells of a run, one after another, and where their rows go."""
@@ -322,7 +311,7 @@ class _Run:
                         # Beside what an earlier run may have measured: nothing is lost for it.
                         self.store.append(self._failed(self.jobs[number], env, "crash", ENDED))
                     raise
-                rows = _put(rows, measured, self.store)
+                rows = self.store.put(rows, measured, job_of)
                 self._say(measured[-1])
                 if lost and self.ranks.size > 1:
                     break  # a rank is gone, and maybe its device
