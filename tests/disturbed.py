@@ -179,7 +179,7 @@ class Ground:
         lengths = [str(scale * n) for n in ((64, 96) if small else (64, 96, 128, 192))]
         self.base = (
             "--device", device, "--heads", "4", "--head-dim", "64", "--phases", "fwd", "fwd_bwd",
-            "--rounds", "20" if small else "200", "--seconds", "1",
+            "--rounds", "8", "--seconds", "1",
         )  # fmt: skip
         # A culprit's neighbours are in its own problem; kills want one before and one after.
         self.few = lengths[:1] if small else lengths[:2]
