@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
@@ -25,6 +26,7 @@ LIMIT = 1.01  # a factor nearer to 1 than this is no difference
 # By the host clock, of two runs: no cell of the committed ones is further apart in any two of them
 # (a test holds them to it), whatever its own samples say.
 APART_ON_HOST = 2.5
+DISTURBED_SHARE = 0.1  # of a row's samples, from which on others that were at work count
 # Two runs of one thing should agree this well in medians that are not tiny.
 ALIKE, LONG = 1.02, 50.0
 MOST_LINES = 6  # about cells that only one side has, or that have no time
@@ -99,7 +101,8 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
 
     Returns:
         The exit status: 1 where a whole interval has B slower by more than `fail_slower` percent,
-        or, if that is given, B has no time of what A has one of and B should have.
+        or, if that is given, B has no time of what A has one of and B should have, or none that
+        tells anything.
 
     Raises:
         ValueError: `fail_slower` is no percentage, or less than any two rows could differ by;
@@ -127,7 +130,9 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
     timed = (key for key, row in a.rows.items() if _status(row) == "ok")
     lost = [key for key in timed if key not in times and b.whole]
     _print_notes([("no time of it in B, which fails", key) for key in lost], console)
-    return 1 if slower or lost else 0
+    untold = [p.key for p in pairs if p.speed and p.limit == math.inf]
+    _print_notes([("sampled beside other work, which fails", key) for key in untold], console)
+    return 1 if slower or lost or untold else 0
 
 
 def sides(csv: Path, other: Path | None, method: str | None, against: str | None) -> list[Side]:
@@ -155,7 +160,8 @@ def difference(a: Row, b: Row, paired: bool) -> float:
 
 def disturbed(*rows: Row) -> bool:
     """Whether one was sampled beside other work."""
-    return any(SHARED_CORES in (row.throttled or "") for row in rows)
+    found = [re.search(rf"{SHARED_CORES} (\d+)/(\d+)", row.throttled or "") for row in rows]
+    return any(x and int(x[1]) >= DISTURBED_SHARE * int(x[2]) for x in found)
 
 
 def verdict(speed: Ratio, limit: float = LIMIT) -> str:
@@ -206,10 +212,12 @@ def _of_method(rows: Sequence[Row], name: str, path: Path) -> Side:
 
 def _key(row: Row, cell: Cell, device: str | None = None) -> Key:
     title = problem_title(row, without=() if device else ("device",))
-    training = row.model, row.world_size, row.data, row.recipe
+    recipe = row.recipe if row.phase == STEP else None  # of no account for a call by itself
+    training = row.model, row.world_size, row.data, recipe
     problem = (row.problem, row.q_block, row.kv_block, *training, device)
     if row.model:
-        title = f"{row.model} in {row.world_size} processes · {row.data} · {title}"
+        told = [f"{row.model} in {row.world_size} processes", row.data, recipe]
+        title = " · ".join([*filter(None, told), title])
     return Key(problem, title, cell, PHASE_NAMES.get(row.phase, row.phase), row.clock)
 
 
@@ -235,7 +243,7 @@ def _print(a: Side, b: Side, pairs: Sequence[Pair], console: Console) -> None:
     left += [("only in A", key) for key in a.rows if key not in b.rows]
     left += [("only in B", key) for key in b.rows if key not in a.rows]
     _print_notes(left, console)
-    if count := sum(disturbed(pair.a, pair.b) for pair in pairs):
+    if count := sum(bool(pair.speed) and pair.limit == math.inf for pair in pairs):
         console.print(Text(DISTURBED.format(count), style="yellow"))
     paired = any(pair.speed and pair.speed.paired for pair in pairs)
     wide = any(pair.speed and pair.limit > LIMIT for pair in pairs)

@@ -347,19 +347,21 @@ class Bench:
         for part, phases in ((slice(3, 4), ("bwd",)), (slice(3), ("fwd", "fwd_bwd", "prepare"))):
             for inputs in self.inputs:
                 change(inputs[part])
-            for prepared in [x for x in ready if x.cell not in short]:
+            for prepared in list(ready):
                 if not (timed := [x for x in phases if x in prepared.timed]):
                     continue
                 announce(prepared.cell)
                 try:
                     with self.clockwork.on("gate"):
                         self._confirm(prepared, timed)
+                    continue
                 except CELL_ERRORS as error:
                     if not out_of_memory(error) or len(ready) == 1:
                         raise
-                    short.append(prepared.cell)
-                    _empty(self.device)
-        ready[:] = [x for x in ready if x.cell not in short]
+                short.append(prepared.cell)
+                ready.remove(prepared)  # the others may need its memory
+                del prepared
+                _empty(self.device)
         return short
 
     def _confirm(self, prepared: Prepared, phases: Sequence[str]) -> None:
@@ -368,8 +370,9 @@ class Bench:
             inputs = copies(self._inputs(prepared.method)[number])
             if phase == "prepare":
                 expected = self._prepare(prepared.method, *inputs[:3])
-            else:
-                expected = phase_call(prepared.attention, phase, inputs)()
+            else:  # of a backward with its forward, which keeps nothing
+                whole = "fwd_bwd" if phase == "bwd" else phase
+                expected = phase_call(prepared.attention, whole, inputs)()
             if (error := relative_error(results, expected)) > TOLERANCE:
                 prepared.refused[phase] = ("mismatch", STALE.format(error))
                 for key in [key for key in prepared.series if key[0] == phase]:

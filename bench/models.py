@@ -17,10 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.derived import FLOPS_PER_PAIR
 from bench.failures import one_line
-from bench.specs import AUTHOR_ERRORS
 from bench.step_attention import Call, StepAttention
 from bench.text import digest
-from methods import Problem
 
 VOCABULARY = 50304
 ROTARY_BASE = 10000.0
@@ -186,52 +184,6 @@ def build(
         else:
             body, head, layers = _of_transformers(model, attention, dtype)
     return LanguageModel(body, head, layers, _active_weights(body, head))
-
-
-def check(model: Model, p: Problem) -> LanguageModel:
-    """The model without its weights, after a forward that made one call of attention a layer.
-
-    Raises:
-        ValueError: its calls are others, or it cannot run at this size.
-    """
-    shapes = [(p.batch, heads, p.seq_len, p.head_dim) for heads in (p.q_heads, p.kv_heads)]
-    wanted, calls = [shapes[0], shapes[1], shapes[1]], 0
-
-    def count(*tensors: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if (given := [tuple(x.shape) for x in tensors]) != wanted:
-            raise ValueError(f"its attention is called with q, k, v of {given}, not of {wanted}")
-        return tensors[0]
-
-    nowhere = torch.device("meta")
-    try:
-        # In the type that products of experts take there; shapes are the same in another.
-        found = build(model, count, p.seq_len, torch.bfloat16, nowhere, 0)
-        _check_positions(found.body, p.seq_len)
-        found.hidden(torch.zeros(p.batch, p.seq_len, dtype=torch.long, device=nowhere))
-    except ValueError as error:
-        raise ValueError(" ".join(str(error).split())[:300]) from None
-    except AUTHOR_ERRORS as error:
-        if isinstance(error, KeyError) and PREFIX in str(error):
-            raise ValueError("it takes no attention but its own") from None
-        told = one_line(error)
-        raise ValueError(f"it does not run with its attention replaced ({told})") from None
-    if calls != model.layers:
-        raise ValueError(
-            f"its {model.layers} layers call the attention that is to be measured {calls} times; "
-            "each must call it once"
-        )
-    return found
-
-
-def _check_positions(body: nn.Module, seq_len: int) -> None:
-    """Raises ValueError where positions are learned or tabled, and not so many."""
-    config = getattr(body, "config", None)
-    most = getattr(config, "max_position_embeddings", None)
-    rotary = any("Rotary" in type(module).__name__ for module in body.modules())
-    if most and not rotary and seq_len > most:
-        raise ValueError(f"N = {seq_len} is given; it has positions for {most} tokens alone")
 
 
 def parameters(model: nn.Module) -> int:

@@ -85,11 +85,12 @@ def _sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flex(method: Method, p: Problem, device: torch.device) -> Call | None:
-    """FlexAttention over block lists built beforehand; None where a layout is not token order."""
-    shapes = [(p.batch, heads, p.seq_len, p.head_dim) for heads in (p.q_heads, p.kv_heads)]
-    q, k = (torch.empty(shape, dtype=p.torch_dtype, device=device) for shape in shapes)
-    layout = method.layout(q, k, k, p, None, BLOCK)
-    if layout.restore is not None:
+    """FlexAttention over block lists built beforehand; None where a layout has other tensors."""
+    shapes = [(p.batch, heads, p.seq_len, p.head_dim) for heads in (p.q_heads, *[p.kv_heads] * 2)]
+    given = [torch.empty(shape, dtype=p.torch_dtype, device=device) for shape in shapes]
+    layout = method.layout(*given, p, None, BLOCK)
+    laid = layout.q, layout.k, layout.v
+    if layout.restore is not None or any(x is not y for x, y in zip(laid, given, strict=True)):
         return None
     mask, score_mod, grouped = layout.block_mask, layout.score_mod, p.group > 1
 

@@ -18,11 +18,11 @@ from bench.ahead import room, side_by_side
 from bench.backends import BACKENDS
 from bench.cells import Cell, Group, rows_of
 from bench.derived import BASELINE
+from bench.model_check import check
 from bench.models import (
     MODELS,
     LanguageModel,
     Model,
-    check,
     model_of_file,
     parameters,
     with_options,
@@ -221,7 +221,10 @@ def _checked(request: Train, model: Model, p: Problem) -> LanguageModel:
     try:
         return check(model, p)
     except ValueError as error:
-        raise ValueError(f"--model-config {request.model_config}: {error}") from None
+        named = f"--model {request.model}"
+        if request.model_config is not None:
+            named = f"--model-config {request.model_config}"
+        raise ValueError(f"{named}: {error}") from None
 
 
 def _cells(request: Train, device: torch.device) -> list[Cell]:
@@ -264,7 +267,11 @@ def _introduce(job: Job, ranks: Ranks, console: Console) -> None:
 
 
 def _follow(jobs: Sequence[Job], request: Train, ranks: Ranks) -> int:
-    """What a rank does that writes nothing; returns the exit status of the one that does."""
+    """What a rank does that writes nothing; returns its exit status.
+
+    That of a run is rank 0's: one that ends with another would have torchrun end rank 0, too,
+    which may be drawing.
+    """
     with _apart(jobs, ranks) as apart:
         for number in ranks.agree("todo", None):
             try:
@@ -274,7 +281,7 @@ def _follow(jobs: Sequence[Job], request: Train, ranks: Ranks) -> int:
                     break
     try:
         ranks.store.wait(["status"], LAST_WORD)
-        return int(ranks.store.get("status"))
+        return 0
     except RuntimeError:
         return 1  # rank 0 is gone, or hangs
 

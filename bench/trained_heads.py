@@ -49,6 +49,7 @@ def head_measures(
     """Measures of every layer of a model as it is, on the first of ids [B, N].
 
     Before the first step those of uniform attention stand before them: what the mask alone does.
+    A bias that the method's score_mod may add is left out.
     A copy attends densely in float32, since a kernel keeps no attention weights.
     """
     p = group.problem
@@ -57,7 +58,7 @@ def head_measures(
     found = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (x.float().repeat_interleave(p.group, dim=1) for x in (k, v))
+        k, v = (x.float().repeat_interleave(p.group, dim=1) for x in (method.keys(k), v))
         attention = weights_of(q.float(), k, allowed)
         found.append(measure(attention, allowed, layer=len(found) + 1, **about))
         return (attention @ v).to(q.dtype)

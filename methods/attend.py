@@ -16,7 +16,7 @@ from methods.compiled import compiled_copy
 from methods.flash_kernels import flash_4_missing, flash_refusal
 from methods.longformer import Longformer, attend_globals
 from methods.method import DTYPES, Layout, Method, Problem, ScoreMod
-from methods.presets import resolve
+from methods.presets import METHODS, resolve
 from methods.varlen import Windows
 
 Executor = Callable[[Layout], tuple[Tensor, Tensor | None]]
@@ -69,6 +69,8 @@ def attend(
     """
     given = (q, k, v) if global_qkv is None else _with_own(q, k, v, global_qkv)
     leaves = _checked(given, causal, backend)
+    if type(method) is str:
+        method = METHODS.get(method, method)
     own = None if global_tokens is None and len(given) == 3 else global_tokens is not None
     kind = q.shape, k.shape, v.shape, q.dtype, q.device, leaves and torch.is_grad_enabled()
     try:

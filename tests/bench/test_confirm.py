@@ -193,12 +193,16 @@ def test_error_between_results():
 
 
 def test_values_change_under_a_graph_of_autograd_and_what_is_shared_stays_so():
-    x = torch.arange(8.0).view(2, 4).requires_grad_()
+    x = torch.arange(8.0).view(1, 1, 2, 4).requires_grad_()
     y = (x * x).sum()
-    change([x.detach(), x])
-    assert x[0].tolist() == [1, 2, 3, 0]  # by one, then by two places
+    change([x])  # by a place and a token; every third token is half as long
+    assert x.tolist() == [[[[3.5, 2, 2.5, 3], [3, 0, 1, 2]]]]
     y.backward()
     assert torch.equal(x.grad, 2 * x.detach())
+    q = torch.randn(1, 1, 6, 8, dtype=torch.bfloat16)
+    scores = q @ q.mT
+    change([q])
+    assert not torch.allclose(q @ q.mT, scores)  # of one tensor that is queries and keys, too
     q, k, v = copies((x, x, torch.ones(2)))
     assert q is k and q is not x and torch.equal(q, x) and q.requires_grad
     assert not v.requires_grad

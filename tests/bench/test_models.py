@@ -1,6 +1,6 @@
 """Models that train: their sizes, their attention, compiled, sharded and by themselves."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,11 +8,13 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from bench.models import MODELS, build, check, compile_model, model_of_file, parameters
+from bench.model_check import check
+from bench.models import MODELS, build, compile_model, model_of_file, parameters
 from bench.step_attention import step_attention
 from bench.steps import World, compile_first, run_job
-from methods import METHODS, Problem
+from methods import METHODS, Problem, attend
 from methods.huggingface import register
+from methods.sliding_window import SlidingWindow
 from tests.bench.training import (
     CPU,
     GRANITE,
@@ -80,6 +82,20 @@ def test_experts_that_a_config_leaves_to_transformers_count_as_they_are(tmp_path
     assert found.active_weights == 2 * layer + 256 * 64
 
 
+def test_a_model_whose_forward_reads_values_is_counted_by_a_layer_of_it(tmp_path):
+    """As that of dynamic rotary positions does, which no meta tensor can tell."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = model_of_file(config_file(tmp_path, LLAMA | {"rope_parameters": rope}))
+    p = Problem(batch=4, q_heads=4, kv_heads=2, seq_len=4096, head_dim=16)
+    assert parameters(check(model, p)) == parameters(build(model, None, 8, torch.float32,
+                                                           torch.device("meta"), 0))  # fmt: skip
+    bloom = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4,
+             "vocab_size": 256}  # fmt: skip
+    own = model_of_file(config_file(tmp_path, bloom))
+    with pytest.raises(ValueError, match=r"2 layers call the attention .* 0 times"):
+        check(own, Problem(q_heads=4, seq_len=64, head_dim=16))
+
+
 def test_models_of_two_files_of_one_name_are_two(tmp_path):
     names = []
     for k, hidden in enumerate((64, 128, 64)):
@@ -122,6 +138,28 @@ def test_a_model_of_transformers_is_the_one_with_a_registered_method(tmp_path, c
         model.body.set_attn_implementation(name)
         assert here != 0
         torch.testing.assert_close(here, model(ids, targets), atol=1e-6, rtol=1e-6)
+
+
+@dataclass(frozen=True)
+class Unit(SlidingWindow):
+    """Scores with keys of length 1."""
+
+    name = "unit"
+
+    def keys(self, k):
+        return k / k.norm(dim=-1, keepdim=True)
+
+
+def test_what_trains_is_what_the_gate_judged():
+    """A kernel inside the compiled model takes its tensors, which not every layout does."""
+    p = Problem(q_heads=2, seq_len=64, head_dim=16, dtype="float32")
+    unit = step_attention(Unit(window=8), "flex", p, CPU, True)
+    assert not unit.inlined
+    assert step_attention(METHODS["sliding_window"], "flex", p, CPU, True).inlined
+    q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    with torch.no_grad():
+        expected = attend(q, k, v, Unit(window=8), backend="blockwise")
+        torch.testing.assert_close(unit.call(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
 # Said by torch where a graph takes a tensor with a gradient from outside.
