@@ -1,6 +1,6 @@
 """Every method inside models of transformers: against dense attention, padded, cached."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -364,6 +364,7 @@ def test_buckets_reach_reformer():
     assert (models[0](ids, share_qk=True).logits - expected).abs().max() > 1e-4
 
 
+@dataclass(frozen=True)
 class Lsh(Banded):
     """Stands in for a method whose keys must be its queries."""
 
