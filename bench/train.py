@@ -23,6 +23,7 @@ from bench.models import (
     MODELS,
     LanguageModel,
     Model,
+    build,
     model_of_file,
     parameters,
     with_options,
@@ -255,7 +256,7 @@ def _default_backends(device: torch.device) -> tuple[str, ...]:
 
 
 def _introduce(job: Job, ranks: Ranks, console: Console) -> None:
-    model = check(job.model, job.group.problem)
+    model = build(job.model, None, 1, torch.bfloat16, torch.device("meta"), 0)
     processes = ""
     if ranks.size > 1:
         processes = f" · {ranks.size} processes, {'FSDP2' if job.shard else 'DDP'}"
