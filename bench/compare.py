@@ -21,6 +21,7 @@ from bench.derived import Board, Cell
 from bench.record import STEP, Environment, Row, read_rows
 from bench.report import METHOD_WIDTH, NOTHING, PHASE_NAMES, fits, problem_title, quantity
 from bench.stats import FEW, Ratio
+from bench.trainings import tokens_per_s
 
 LIMIT = 1.01  # a factor nearer to 1 than this is no difference
 # By the host clock, of two runs: no cell of the committed ones is further apart in any two of them
@@ -351,6 +352,6 @@ def _name(cell: Cell) -> str:
 
 def _tokens_per_s(row: Row) -> str:
     if row.phase == STEP:
-        return quantity((row.world_size or 1) * row.batch * row.seq_len / row.median_us * 1e6)
+        return quantity(tokens_per_s(row).y)
     board = Board([row])
     return quantity(board.tokens_per_s(board.cells[0]))

@@ -134,7 +134,7 @@ def tokens_per_s(row: Row) -> Value | None:
     """Over all processes, with the ends of the 99 % interval."""
     if row.status != "ok" or not row.median_us:
         return None
-    tokens = row.world_size * row.batch * row.seq_len * 1e6
+    tokens = (row.world_size or 1) * row.batch * row.seq_len * 1e6
     return Value(*(us and tokens / us for us in (row.median_us, row.ci_high_us, row.ci_low_us)))
 
 
