@@ -65,8 +65,11 @@ def sections() -> dict[str, Callable[[], str]]:
         found["xformers"] = lambda: _references(others)
     if references := _measured("h200/references*"):
         found["references"] = lambda: _references(references)
-    if (RESULTS / "h200/profile_references.csv").exists():
-        found["profile-references"] = lambda: profiles(_profile("references"), 0.05)
+    if uncompiled := _measured("h200/uncompiled"):
+        found["uncompiled"] = lambda: _references(uncompiled)
+    for name in ("references", "rivals", "xformers"):
+        if (RESULTS / f"h200/profile_{name}.csv").exists():
+            found[f"profile-{name}"] = lambda name=name: profiles(_profile(name), 0.05)
     trained = _measured("h200/train*")
     if any(row.phase == STEP for row in trained):
         found["train"] = lambda: training(trained, RESULTS / "h200", PLOTS)

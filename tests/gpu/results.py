@@ -26,6 +26,7 @@ FAST = "flash varlen fa4"
 FIVE = "standard sliding_window spattention spattention_released longformer"
 LENGTHS = "1024 2048 4096 8192 16384 32768"
 MODES = "reformer:mode='transformers' reformer:mode='reformer_pytorch'"
+ASKED = "spattention spattention_released sliding_window local_only gapped_bands"
 PEERS = f"standard longformer bigbird {MODES}"
 
 SWEEP, TRAIN, PROFILE = (f"run_bench.py {name}" for name in ("sweep", "train", "profile"))
@@ -84,6 +85,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{REFERENCES} --dtype float32 --backends flex hf reformer-pytorch --block-size 64 32",
         f"{REFERENCES} --dtype float32 --backends flex hf reformer-pytorch eager",
     ),
+    "uncompiled": (
+        f"{SWEEP} --methods {ASKED} --seq-len 4096 16384 --backends flex eager --phases fwd_bwd "
+        "--seconds 3",
+    ),
     "xformers": (
         f"{SWEEP} --methods sliding_window --seq-len 1024 4096 16384 "
         "--backends flex xformers sdpa-cudnn --phases fwd_bwd --seconds 2",
@@ -98,6 +103,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "profile_references": (
         f"{PROFILE} --methods longformer bigbird reformer:mode='transformers' --seq-len 16384 "
         "--dtype float32 --causal False --block-size 32 --backends flex hf",
+    ),
+    "profile_rivals": (
+        f"{PROFILE} --methods standard reformer:mode='reformer_pytorch' --seq-len 16384 "
+        "--dtype float32 --causal False --phases fwd_bwd --backends eager reformer-pytorch",
+    ),
+    "profile_xformers": (
+        f"{PROFILE} --methods standard sliding_window --seq-len 16384 --phases fwd_bwd "
+        "--backends flex xformers",
     ),
     "block_lists": (
         f"{SWEEP} --methods spattention tests/gpu/gridless.py:METHOD --seq-len 32768 "
