@@ -59,11 +59,8 @@ def _clock_proofs(results: Path) -> Iterator[Proof]:
 
 
 def kill_proofs(results: Path) -> Iterator[Proof]:
-    """Of a CPU, and of a GPU where there is a log."""
-    places = {"cpu": "CPU"}
-    if (results / "h200/kills.csv").exists():
-        places["h200"] = "on the GPU"
-    for folder, place in places.items():
+    """Of a CPU, and of a GPU."""
+    for folder, place in {"cpu": "CPU", "h200": "on the GPU"}.items():
         kills = [
             x
             for x in _records(results / f"{folder}/kills.csv")

@@ -31,6 +31,7 @@ PROTOTYPE = {
     ("spattention", "flex", 32768): 406_800,
 }  # fmt: skip
 PROTOTYPE_TOKENS = 32768
+NAMED = 3  # of the steps that their two parts miss, those by most
 INTERVALS = f", with its 99 % interval where that is wider than {WIDE:.0%} or holds 1"
 # What `spattention` was to reach at this N: over the fastest dense step, and of Amdahl's figure.
 AIM_LENGTH, AIM_SPEEDUP, AIM_OF_AMDAHL = 32768, 2.2, 0.95
@@ -144,7 +145,7 @@ def _notes(shown: Iterable[tuple[Training, Cell]]) -> str:
     cells = dict.fromkeys(shown)
     found = list(dict.fromkeys(x for x, _ in cells))
     several = len({x.head.model for x in found}) > 1
-    failed, amiss = [], []
+    failed, amiss = [], {}
     for x, cell in cells:
         row = x.rows[cell]
         place = f"`{cell.label}` on {cell.backend}, {_head(row, found)}"
@@ -152,13 +153,15 @@ def _notes(shown: Iterable[tuple[Training, Cell]]) -> str:
         if row.status != "ok":
             failed.append(f"{place} ({failure(row)})")
         elif abs(share := missed(row) or 0) > SPLIT:
-            amiss.append(f"{share:+.1%} {place}")
+            amiss[f"{share:+.1%} {place}"] = abs(share)
     told = f" Without a figure: {'; '.join(failed)}." if failed else ""
     if not amiss:
         return told
+    worst = sorted(amiss, key=amiss.get, reverse=True)[:NAMED]
+    more = f"; and {len(amiss) - NAMED} more by less" if len(amiss) > NAMED else ""
     return told + (
         f" A step that CUPTI splits should take what others take, to {SPLIT:.0%}; it takes less "
-        f"(+) or more by: {'; '.join(amiss)}."
+        f"(+) or more by: {'; '.join(worst)}{more}."
     )
 
 

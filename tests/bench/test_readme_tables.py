@@ -10,7 +10,7 @@ from bench import readme
 from bench.profile import BETWEEN, Line
 from bench.readme import RESULTS, _references, _with_rivals, sections
 from bench.readme_proofs import kill_proofs, proofs
-from bench.readme_speeds import TARGETS, WIDTH, fastest, profiles, targets
+from bench.readme_speeds import TARGETS, WIDTH, fastest, profiles, targets, waited
 from bench.record import Store
 from tests.bench.rows import make_row
 from tests.bench.training import table2_step as step
@@ -128,6 +128,23 @@ def test_a_clock_that_one_of_the_two_lost_is_not_used():
     assert found["`sliding_window`", "eager", "float32"]["N = 4096"].endswith(": 2.00x, host")
 
 
+def test_an_eager_caller_is_over_dense_attention_only_in_runs_that_had_its_own_kernels():
+    point = {
+        "batch": 1, "q_heads": 8, "kv_heads": 8, "seq_len": 4096, "head_dim": 128,
+        "dtype": "bfloat16", "causal": True, "clock": "host", "phase": "fwd_bwd",
+    }  # fmt: skip
+    runs = {"a": {"flex": 800, "eager": 20000}, "b": {"flex": 900, "sdpa-cudnn": 450}}
+    rows = [
+        make_row(run=run, method="standard", backend=backend, median_us=us, **point)
+        for run, times in runs.items()
+        for backend, us in times.items()
+    ] + [
+        make_row(run=run, method="spattention", backend="flex", median_us=600, **point)
+        for run in runs
+    ]
+    assert waited(rows) == ([800 / 600, 900 / 600], [450 / 600])
+
+
 def test_references_of_two_problems_are_no_table():
     with pytest.raises(ValueError, match=r"more than N and dtype: .*16 heads"):
         references(window("flex", 1, 1), window("eager", 1, 1, q_heads=16))
@@ -181,8 +198,8 @@ def test_a_section_stands_on_one_page(results, monkeypatch, tmp_path):
 
 
 def test_kills_on_a_gpu_are_counted_beside_those_on_a_cpu(tmp_path):
-    (cpu,) = kill_proofs(RESULTS)
-    assert cpu[0].endswith("(CPU)")
+    cpu, gpu = kill_proofs(RESULTS)
+    assert cpu[0].endswith("(CPU)") and gpu[0].endswith("(on the GPU)")
     shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "cpu" / "kills.csv"
     with path.open(newline="") as file:

@@ -33,6 +33,10 @@ SWEEP, TRAIN, PROFILE = (f"run_bench.py {name}" for name in ("sweep", "train", "
 PAIR = f"torchrun --nproc-per-node 2 -- {TRAIN}"
 CELLS = f"{SWEEP} --methods {FIVE} --backends flex --phases fwd_bwd --seconds 0.5"
 WHOLE = f"{CELLS} --seq-len {LENGTHS} --heads 8 16 32 --head-dim 64 128"
+ROUNDS = (
+    f"{SWEEP} --methods {' '.join(f'reformer:n_rounds={x}' for x in (1, 2, 4, 8))} "
+    "--backends flex --phases prepare fwd fwd_bwd"
+)
 REFERENCES = (
     f"{SWEEP} --methods {PEERS} --causal False --seq-len 4096 16384 --phases fwd_bwd --seconds 3"
 )
@@ -75,8 +79,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"--backends flex {FAST} --phases fwd_bwd --seconds 2",
     ),
     "rounds": (
-        f"{SWEEP} --methods {' '.join(f'reformer:n_rounds={x}' for x in (1, 2, 4, 8))} "
-        "--seq-len 1024 4096 16384 65536 --backends flex --phases prepare fwd fwd_bwd --seconds 2",
+        f"{ROUNDS} --seq-len 1024 4096 --seconds 2",
+        f"{ROUNDS} --seq-len 16384 65536 --seconds 1",
     ),
     "references_bfloat16": (
         f"{REFERENCES} --dtype bfloat16 --backends flex hf reformer-pytorch eager",
