@@ -146,9 +146,9 @@ def _notes(shown: Iterable[tuple[Training, Cell]]) -> str:
     found = list(dict.fromkeys(x for x, _ in cells))
     several = len({x.head.model for x in found}) > 1
     failed, amiss = [], {}
-    for x, cell in cells:
+    for (x, cell), label in zip(cells, labels([cell for _, cell in cells]), strict=True):
         row = x.rows[cell]
-        place = f"`{cell.label}` on {cell.backend}, {_head(row, found)}"
+        place = f"`{label}` on {cell.backend}, {_head(row, found)}"
         place += f", {row.model}" if several else ""
         if row.status != "ok":
             failed.append(f"{place} ({failure(row)})")
