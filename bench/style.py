@@ -76,6 +76,6 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
     with matplotlib.rc_context({"svg.hashsalt": "figure"}):
         figure.savefig(paths[0], metadata={"Software": None})
-        figure.set_layout_engine("none")  # laid out once; the second file keeps the places
+        figure.set_layout_engine(None)  # laid out once; the second file keeps the places
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
