@@ -24,8 +24,9 @@ SLOWDOWN = {
     pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "power brake",
     pynvml.nvmlClocksEventReasonHwSlowdown: "hardware slowdown",
 }
+POWER_CAP = "power cap"
 # A chip at its power cap is at its own limit: normal in large dense cells, so only recorded.
-RECORDED = SLOWDOWN | {pynvml.nvmlClocksEventReasonSwPowerCap: "power cap"}
+RECORDED = SLOWDOWN | {pynvml.nvmlClocksEventReasonSwPowerCap: POWER_CAP}
 # Threads that wait for one whose core another process has make a call many times too slow.
 SHARED_CORES = "others on its cores"
 OTHERS = 0.1  # of the time of the cores; below it they do not count

@@ -16,17 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import derived
-from bench.chip import SHARED_CORES
+from bench.chip import POWER_CAP, SHARED_CORES
 from bench.derived import Board, Cell
 from bench.record import STEP, Environment, Row, read_rows
 from bench.report import METHOD_WIDTH, NOTHING, PHASE_NAMES, fits, problem_title, quantity
 from bench.stats import FEW, Ratio
-from bench.trainings import tokens_per_s
+from bench.trainings import SPLIT, missed, tokens_per_s
 
 LIMIT = 1.01  # a factor nearer to 1 than this is no difference
-# By the host clock, of two runs: no cell of the committed ones is further apart in any two of them
-# (a test holds them to it), whatever its own samples say.
-APART_ON_HOST = 2.5
+# Of two runs, whatever a cell's own samples say: no cell of the committed ones is further apart in
+# any two of them (a test holds them to it), by the host clock and at the chip's power cap.
+APART_ON_HOST, APART_AT_CAP = 2.5, 1.15
 DISTURBED_SHARE = 0.1  # of a row's samples, from which on others that were at work count
 # Two runs of one thing should agree this well in medians that are not tiny.
 ALIKE, LONG = 1.02, 50.0
@@ -40,9 +40,10 @@ LEGEND = (
     f"unclear: neither, or fewer than {FEW} samples, which make no 99 % interval. Could show: 1 % "
     "and half the interval's width; such data does not tell a smaller difference. "
 )
-ON_HOST = (
-    "By the host clock two runs of one thing may be twice as far apart as any sample of them "
-    f"shows: faster and slower take a factor of {APART_ON_HOST:g} there. "
+APART = (
+    "Two runs of one thing can be further apart than any sample of theirs shows: faster and "
+    f"slower take a factor of {APART_ON_HOST:g} by the host clock, {APART_AT_CAP:g} at the chip's "
+    "power cap. "
 )
 UNPAIRED = (
     "Samples of two runs do not pair: what changed on the machine between them is in the ratio "
@@ -119,7 +120,7 @@ def compare(a: Side, b: Side, fail_slower: float | None, console: Console) -> in
     least = min((p.limit for p in pairs if p.speed), default=0.0)
     if limit < least and least > LIMIT:
         raise ValueError(
-            f"--fail-slower is {fail_slower:g}; two runs by the host clock alone tell "
+            f"--fail-slower is {fail_slower:g}; two runs of such cells tell "
             + (f"{100 * (least - 1):.0f} at least" if least < math.inf else "nothing: " + BUSY)
         )
     _print(a, b, pairs, console)
@@ -153,10 +154,17 @@ def sides(csv: Path, other: Path | None, method: str | None, against: str | None
 
 def difference(a: Row, b: Row, paired: bool) -> float:
     """The factor from which on the speeds of two such rows differ; inf where nothing tells."""
-    busy = a.phase == STEP and a.cuda is not None  # a GPU that waits for no launch
-    if paired or a.clock != "host" or busy:
+    if paired or (a.clock == "host" and all(map(_busy, (a, b)))):
         return LIMIT
+    if a.clock != "host":
+        return APART_AT_CAP if any(POWER_CAP in (x.throttled or "") for x in (a, b)) else LIMIT
     return math.inf if disturbed(a, b) else APART_ON_HOST
+
+
+def _busy(row: Row) -> bool:
+    """Whether it is a step whose GPU waited for no launch: CUPTI did not make it longer."""
+    share = missed(row) if row.phase == STEP else None
+    return share is not None and abs(share) <= SPLIT
 
 
 def disturbed(*rows: Row) -> bool:
@@ -248,7 +256,7 @@ def _print(a: Side, b: Side, pairs: Sequence[Pair], console: Console) -> None:
         console.print(Text(DISTURBED.format(count), style="yellow"))
     paired = any(pair.speed and pair.speed.paired for pair in pairs)
     wide = any(pair.speed and pair.limit > LIMIT for pair in pairs)
-    legend = LEGEND + (ON_HOST if wide else "") + (PAIRED if paired else UNPAIRED)
+    legend = LEGEND + (APART if wide else "") + (PAIRED if paired else UNPAIRED)
     console.print(Text(legend, style="dim"))
     counts = Counter(verdict(p.speed, p.limit) for p in pairs if p.speed)
     told = ", ".join(f"{counts[word]} {word}" for word in STYLES)

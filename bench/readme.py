@@ -9,11 +9,12 @@ from pathlib import Path
 
 from bench import report
 from bench.complexity import Complexity
-from bench.derived import BASELINE, cell_of, in_order
+from bench.derived import BASELINE, cell_of, compare, in_order
 from bench.paper import MICRO_BENCHMARK
 from bench.profile import Line, read_profile
 from bench.readme_proofs import faults, proofs, sweeps
 from bench.readme_speeds import (
+    INTERVALS,
     answer,
     clocks,
     fastest,
@@ -22,6 +23,7 @@ from bench.readme_speeds import (
     rounds,
     stand_ins,
     targets,
+    times,
 )  # fmt: skip
 from bench.readme_training import training, training_summary
 from bench.record import ROOT, STEP, Row, read_rows
@@ -184,8 +186,8 @@ def _references(rows: list[Row]) -> str:
         lines.append((f"`{label}`", rival.backend, dtype, *cells))
     caption = (
         "Forward + backward of the reference and of `flex`, and how many times as fast `flex` is; "
-        "by the device clock, or by the host clock where it says so; each with the blocks that "
-        "are fastest by that clock, which are of 128x128 where others are not named."
+        f"by the device clock, or by the host clock where it says so{INTERVALS}; samples of the "
+        "same rounds, with blocks of 128x128 or, of those that both were timed with, the fastest."
     )
     table = markdown(heads, lines, numbers=range(3, len(heads)))
     return "\n".join([*table, "", f"{caption} {'; '.join(titles)}."])
@@ -197,21 +199,23 @@ def _over_reference(theirs: Sequence[Row], own: Sequence[Row]) -> str:
     The rows are of one length, in the order in which they were measured.
     """
     for clock, mark in (("device", ""), ("host", ", host")):
-        rival, ours = (_fastest_blocks(rows, clock) for rows in (theirs, own))
-        if rival and ours:
-            size = f"{ours.q_block}x{ours.kv_block}"
-            blocks = "" if size == "128x128" else f" (blocks {size})"
-            ratio = f"{rival.median_us / ours.median_us:.2f}x"
-            return f"{_ms(rival.median_us)}, {_ms(ours.median_us)}{blocks}: {ratio}{mark}"
-    rival, ours = (_status(rows) for rows in (theirs, own))
-    return rival if ours == "ok" or rival == report.NOTHING else f"{rival} : {ours}"
+        rivals, ours = (_timed(rows, clock) for rows in (theirs, own))
+        if both := rivals.keys() & ours.keys():
+            blocks = min(both, key=lambda size: ours[size].median_us)
+            rival, row = rivals[blocks], ours[blocks]
+            gain = compare(rival, row)
+            size = "{}x{}".format(*blocks)
+            told = "" if size == "128x128" else f" (blocks {size})"
+            ratio = times(gain.ratio, gain.low, gain.high)
+            return f"{_ms(rival.median_us)}, {_ms(row.median_us)}{told}: {ratio}{mark}"
+    rival, row = (_status(rows) for rows in (theirs, own))
+    return rival if row == "ok" or rival == report.NOTHING else f"{rival} : {row}"
 
 
-def _fastest_blocks(rows: Sequence[Row], clock: str) -> Row | None:
-    """Of rows with a time by this clock the one whose blocks are fastest."""
+def _timed(rows: Sequence[Row], clock: str) -> dict[tuple[int, int], Row]:
+    """Rows with a time by this clock by their blocks: those of a problem share its rounds."""
     last = {(row.q_block, row.kv_block): row for row in rows if row.clock == clock}
-    timed = [row for row in last.values() if row.status == "ok" and row.median_us]
-    return min(timed, key=lambda row: row.median_us, default=None)
+    return {size: row for size, row in last.items() if row.status == "ok" and row.median_us}
 
 
 def _status(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from bench.chip import POWER_CAP
 from bench.record import COLUMNS, Row, read_rows
 from bench.tables import markdown
 
@@ -36,7 +37,7 @@ def verdict_proofs(results: Path) -> Iterator[Proof]:
             planted, measured = float(x["planted"]), float(x["measured"])
             extra = f"{planted:.0%} of real extra work (measured {measured:.1%})"
             what = extra if planted else "a call against its twin"
-            apart = "in two runs, one right after the other"
+            apart = "in rounds of their own, right after"
             rounds = "in the same rounds" if x["mode"] == "paired" else apart
             found = ", ".join(f"{x[v]} {v}" for v in ("same", "unclear", "slower", "faster"))
             yield f"verdicts of `compare`{place}: {what}, {rounds}", found, "`make detection`"
@@ -80,6 +81,8 @@ def time_proofs(results: Path) -> Iterator[Proof]:
         "default": ("the default sweep, {} cells, from empty caches", "`make bench`"),
         "sweep_cold": ("a sweep of {} cells from empty caches", "`run_bench.py`"),
         "sweep_warm": ("a sweep of {} cells from full caches", "`run_bench.py`"),
+        "uncompiled": ("`flex` and uncompiled, {} cells", "`make results ARGS=uncompiled`"),
+        "references_bfloat16": ("references, {} cells", "`make results ARGS=references_bf`"),
     }
     for name, (what, command) in sweeps.items():
         cells = {_cell(row) for row in read_rows(results / f"h200/{name}.csv")}
@@ -249,6 +252,18 @@ def _records(path: Path) -> list[dict[str, str]]:
 
 def repeat_proofs(results: Path) -> Iterator[Proof]:
     """Two runs of the same cells, apart by whether the chip was at its power cap."""
+    for capped, found in sorted(device_spread(results).items()):
+        near = sum(x <= 1.02 for x in found)
+        yield (
+            f"the same cells in two runs, {'at' if capped else 'below'} the chip's power cap, "
+            "device medians",
+            f"{near} of {len(found)} within 2 %, at most {max(found) - 1:.0%} apart",
+            "`run_bench.py compare`",
+        )
+
+
+def device_spread(results: Path) -> dict[bool, list[float]]:
+    """Of each cell that two runs timed, the longer over the shorter median, by the power cap."""
     runs = [
         {
             (_cell(row), row.phase): row
@@ -260,17 +275,10 @@ def repeat_proofs(results: Path) -> Iterator[Proof]:
     apart: dict[bool, list[float]] = {}
     for key in runs[0].keys() & runs[1].keys():
         a, b = (run[key] for run in runs)
-        capped = any("power cap" in (row.throttled or "") for row in (a, b))
+        capped = any(POWER_CAP in (row.throttled or "") for row in (a, b))
         times = sorted((a.median_us, b.median_us))
-        apart.setdefault(capped, []).append(times[1] / times[0] - 1)
-    for capped, found in sorted(apart.items()):
-        near = sum(x <= 0.02 for x in found)
-        yield (
-            f"the same cells in two runs, {'at' if capped else 'below'} the chip's power cap, "
-            "device medians",
-            f"{near} of {len(found)} within 2 %, at most {max(found):.0%} apart",
-            "`run_bench.py compare`",
-        )
+        apart.setdefault(capped, []).append(times[1] / times[0])
+    return apart
 
 
 def host_proofs(results: Path) -> Iterator[Proof]:
@@ -278,18 +286,19 @@ def host_proofs(results: Path) -> Iterator[Proof]:
     apart = host_spread(sweeps(results / "h200"))
     if apart:
         yield (
-            f"{len(apart)} cells in several runs, host medians",
+            f"{len(apart)} cells in several runs of one code, host medians",
             f"{statistics.median(apart):.2f} x apart at the median, at most {max(apart):.2f} x",
             "`run_bench.py`",
         )
 
 
 def host_spread(rows: Iterable[Row]) -> list[float]:
-    """Of each cell that several runs timed, the longest over the shortest median."""
+    """Of each cell that several runs of one code timed, the longest over the shortest median."""
     found: dict[tuple, list[float]] = {}
     for row in rows:
         if (row.clock, row.status) == ("host", "ok") and row.phase in ("fwd", "bwd", "fwd_bwd"):
-            key = *_cell(row), row.q_block, row.kv_block, row.phase, row.device, row.torch
+            same = row.device, row.torch, row.flash_attn, row.code  # or it is another kernel's
+            key = *_cell(row), row.q_block, row.kv_block, row.phase, *same
             found.setdefault(key, []).append(row.median_us)
     return [max(times) / min(times) for times in found.values() if len(times) > 1]
 

@@ -19,6 +19,13 @@ from methods import METHODS
 TARGETS = {(8, 4096): 4.2, (8, 16384): 5.8, (16, 32768): 13}
 WIDTH = 60  # of a kernel's name
 WIDE = 0.04  # an interval that is shown, as a share of the ratio
+INTERVALS = f", with its 99 % interval where that is wider than {WIDE:.0%} or holds 1"
+
+
+def times(ratio: float, low: float | None, high: float | None) -> str:
+    """A speed-up, with its interval where that is wide, or where it may be none."""
+    unsure = low and high and (high / low > 1 + WIDE or low <= 1 <= high)
+    return f"{ratio:.2f}x" + (f", {low:.2f} to {high:.2f}" if unsure else "")
 
 
 def headline_markdown(
@@ -206,9 +213,7 @@ def _fastest_cell(board: Board, method: str) -> str:
     if method == BASELINE:
         return text
     gain = compare(dense, row)
-    wide = gain.high / gain.low > 1 + WIDE
-    spread = f", {gain.low:.2f} to {gain.high:.2f}" if wide else ""
-    return f"{text} ({gain.ratio:.2f}x{spread})"
+    return f"{text} ({times(gain.ratio, gain.low, gain.high)})"
 
 
 def targets(rows: list[Row]) -> str:

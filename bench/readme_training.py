@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from bench import paper
 from bench.derived import BASELINE, Cell, in_order
 from bench.docstrings import Source
-from bench.figures import Value
 from bench.paper_speeds import EAGER, TABLE_2_MODEL, UNCOMPILED_MODEL
-from bench.readme_speeds import WIDE
+from bench.readme_aims import aims
+from bench.readme_speeds import INTERVALS, times
 from bench.record import Row
 from bench.report import NOTHING, labels, quantity
 from bench.step_attention import IDENTITY
@@ -20,21 +19,7 @@ from bench.train_figures import figure_name
 from bench.train_report import failure, remarks, title
 from bench.trainings import SPLIT, Training, fall, latest, missed, scaling, tokens_per_s, trainings
 
-# Tokens/s of the same model in steps of 32768 tokens, by method, kind of backend and N: the least
-# that an earlier prototype reached on one H200 (driver 580.159, torch 2.11.0, Triton 3.6).
-PROTOTYPE = {
-    ("standard", "sdpa", 1024): 525_700, ("standard", "flex", 1024): 505_000,
-    ("spattention", "flex", 1024): 554_000, ("spattention_released", "flex", 1024): 523_000,
-    ("standard", "sdpa", 8192): 361_200, ("standard", "flex", 8192): 327_800,
-    ("spattention", "flex", 8192): 511_200, ("spattention_released", "flex", 8192): 432_900,
-    ("standard", "sdpa", 32768): 187_100, ("standard", "flex", 32768): 151_200,
-    ("spattention", "flex", 32768): 406_800,
-}  # fmt: skip
-PROTOTYPE_TOKENS = 32768
 NAMED = 3  # of the steps that their two parts miss, those by most
-INTERVALS = f", with its 99 % interval where that is wider than {WIDE:.0%} or holds 1"
-# What `spattention` was to reach at this N: over the fastest dense step, and of Amdahl's figure.
-AIM_LENGTH, AIM_SPEEDUP, AIM_OF_AMDAHL = 32768, 2.2, 0.95
 
 
 def training(rows: Sequence[Row], results: Path, plots: Path) -> str:
@@ -106,7 +91,7 @@ def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = F
     cells = _cells(found)
     columns = []
     for name, x in zip(heads, found, strict=True):
-        columns.append([name, *(_rate(x, cell, memory) for cell in cells)])
+        columns.append([name, *(_rate(x, cell, memory, bound=True) for cell in cells)])
         scaled = [_scaling(x.rows.get(cell), rows) for cell in cells]
         if any(text != NOTHING for text in scaled):
             columns.append([f"{name}: scaling", *scaled])
@@ -119,13 +104,14 @@ def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = F
         numbers=range(2, 2 + len(columns)),
     )
     caption = (
-        f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend{INTERVALS}"
+        f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend{INTERVALS}; "
+        "then, on one GPU, what Amdahl's law makes of the attention call's own speed-up"
         f"{'; memory at the peak of a step' if memory else ''}. "
-        f"`{IDENTITY.name}` is q + k + v in place of attention."
+        f"`{IDENTITY.name}` is q + k + v in place of attention: what no method gets above."
     )
     if len(columns) > len(found):
         caption += " Scaling: tokens/s over those of one process times processes."
-    notes = _notes([(x, cell) for x in found for cell in _cells([x])])
+    notes = _beyond(found) + _notes([(x, cell) for x in found for cell in _cells([x])])
     return "\n".join([*table, "", f"{caption} {_titles(found)}.{notes}"])
 
 
@@ -140,28 +126,53 @@ def _titles(found: Sequence[Training]) -> str:
     return "; ".join(dict.fromkeys(title(x.head, length=False) for x in found))
 
 
+def _beyond(found: Sequence[Training]) -> str:
+    """Steps that are above Amdahl's figure for certain, and why that can be."""
+    above = []
+    for x in found:
+        for cell in x.cells:
+            most, gain = x.amdahl(cell), x.speedup(cell)
+            if most and gain and (gain.low or 0) > (most.high or most.y):
+                rest = [x.rows[c].other_us / 1000 for c in (cell, x.dense)]
+                told = f"`{cell.method}` on {cell.backend}, {_head(x.head, found)}"
+                above.append((gain.y / most.y, f"{told} ({rest[0]:.1f} ms, not {rest[1]:.1f})"))
+    if not above:
+        return ""
+    return (
+        " Amdahl's law takes the rest of a step to be what it is beside dense attention; where it "
+        f"is shorter, a step can lie above that figure, as does {_worst(above)}."
+    )
+
+
+def _worst(found: Sequence[tuple[float, str]]) -> str:
+    """By their figures, largest first: some, and how many others there are."""
+    told = [text for _, text in sorted(found, reverse=True)]
+    more = f"; and {len(told) - NAMED} more by less" if len(told) > NAMED else ""
+    return "; ".join(told[:NAMED]) + more
+
+
 def _notes(shown: Iterable[tuple[Training, Cell]]) -> str:
     """Why cells have no figure, and which steps their two parts miss by more than they may."""
     cells = dict.fromkeys(shown)
     found = list(dict.fromkeys(x for x, _ in cells))
     several = len({x.head.model for x in found}) > 1
-    failed, amiss = [], {}
+    failed, amiss, split = [], [], 0
     for (x, cell), label in zip(cells, labels([cell for _, cell in cells]), strict=True):
         row = x.rows[cell]
         place = f"`{label}` on {cell.backend}, {_head(row, found)}"
         place += f", {row.model}" if several else ""
+        share = missed(row)
+        split += share is not None
         if row.status != "ok":
             failed.append(f"{place} ({failure(row)})")
-        elif abs(share := missed(row) or 0) > SPLIT:
-            amiss[f"{share:+.1%} {place}"] = abs(share)
+        elif abs(share or 0) > SPLIT:
+            amiss.append((abs(share), f"{-share:+.1%} {place}"))
     told = f" Without a figure: {'; '.join(failed)}." if failed else ""
     if not amiss:
         return told
-    worst = sorted(amiss, key=amiss.get, reverse=True)[:NAMED]
-    more = f"; and {len(amiss) - NAMED} more by less" if len(amiss) > NAMED else ""
     return told + (
-        f" A step that CUPTI splits should take what others take, to {SPLIT:.0%}; it takes less "
-        f"(+) or more by: {'; '.join(worst)}{more}."
+        f" {len(amiss)} of {split} steps that CUPTI split into attention and the rest took more "
+        f"than {SPLIT:.0%} more or less time than unobserved: {_worst(amiss)}."
     )
 
 
@@ -178,7 +189,9 @@ def _shape(row: Row) -> tuple[int, int, int]:
     return row.seq_len, row.world_size, row.batch
 
 
-def _rate(found: Training, cell: Cell, memory: bool, over: Cell | None = None) -> str:
+def _rate(
+    found: Training, cell: Cell, memory: bool, over: Cell | None = None, bound: bool = False
+) -> str:
     """Tokens/s, and over another cell or the fastest dense one; the status where there is none."""
     row = found.rows.get(cell)
     rate = row and tokens_per_s(row)
@@ -187,89 +200,15 @@ def _rate(found: Training, cell: Cell, memory: bool, over: Cell | None = None) -
     gain = found.speedup(cell, over)
     held = f", {row.peak_bytes / 2**30:.1f} GiB" if memory and row.peak_bytes else ""
     itself = cell == (over or found.dense)
-    return quantity(rate.y) + (f" ({_times(gain, itself)})" if gain else "") + held
-
-
-def _times(gain: Value, itself: bool) -> str:
-    """A speed-up, with its interval where that is wide, or where it may be none."""
-    if itself or not (gain.low and gain.high):
-        return f"{gain.y:.2f}x"
-    unsure = gain.high / gain.low > 1 + WIDE or gain.low <= 1 <= gain.high
-    return f"{gain.y:.2f}x" + (f", {gain.low:.2f} to {gain.high:.2f}" if unsure else "")
+    most = None if itself or not bound else found.amdahl(cell)
+    shown = gain and times(gain.y, *((None, None) if itself else gain[1:]))
+    told = f" ({shown}{f'; {most.y:.2f}x' if most else ''})" if gain else ""
+    return quantity(rate.y) + told + held
 
 
 def _scaling(row: Row | None, rows: Sequence[Row]) -> str:
     share = row and scaling(row, rows)
     return f"{share:.0%}" if share else NOTHING
-
-
-def aims(found: Sequence[Training]) -> Iterator[str]:
-    """What was aimed at, and what of it was reached."""
-    taken = {
-        x.head.seq_len: x
-        for x in found
-        if (x.head.world_size, x.head.batch * x.head.seq_len) == (1, PROTOTYPE_TOKENS)
-    }
-    lines = [
-        (f"`{method}`", str(n), f"{quantity(aim)}, {kind}", *_reached(taken[n], method, kind, aim))
-        for (method, kind, n), aim in PROTOTYPE.items()
-        if n in taken
-    ]
-    if lines:
-        heads = ("method", "N", "prototype", "the same here", "fastest here")
-        yield "\n".join(markdown(heads, lines, numbers=range(1, 5)))
-        yield (
-            "Aimed at were the tokens/s of an earlier prototype of the same model on an H200 with "
-            "torch 2.11; in brackets what of them was reached, rounded down, on the same kind of "
-            "backend and on the fastest of all."
-        )
-    if AIM_LENGTH in taken and (text := _speedup_aim(taken[AIM_LENGTH])):
-        yield text
-
-
-def _reached(found: Training, method: str, kind: str, aim: float) -> Iterator[str]:
-    timed = [cell for cell in found.cells if cell.method == method and found.us(cell)]
-    for cells in ([cell for cell in timed if cell.backend.startswith(kind)], timed):
-        best = min(cells, key=found.us, default=None)
-        rate = best and tokens_per_s(found.rows[best]).y
-        yield f"{quantity(rate)}, {best.backend} ({_percent(rate / aim)})" if rate else NOTHING
-
-
-def _percent(share: float) -> str:
-    """Rounded down: a hundred is an aim that was reached."""
-    return f"{math.floor(100 * share)}%"
-
-
-def _speedup_aim(found: Training) -> str | None:
-    best = found.best("spattention", None)
-    gain, bound = (best and x(best) for x in (found.speedup, found.amdahl))
-    if not gain:
-        return None
-    text = (
-        f"At N = {AIM_LENGTH} a step with `spattention` ({best.backend}) is {gain.y:.2f} times as "
-        f"fast as the fastest dense one{_between(gain)}; the aim, {AIM_SPEEDUP}, is "
-        f"{_verdict(gain, AIM_SPEEDUP)}."
-    )
-    if not bound:
-        return f"{text} By Amdahl's law it has no figure: {found.no_amdahl(best)}."
-    # Its ends are as far apart as those of the two can be.
-    ends = (gain.low, bound.high), (gain.high, bound.low)
-    share = Value(gain.y / bound.y, *(x and y and x / y for x, y in ends))
-    return (
-        f"{text} That is {_percent(share.y)} of what the speed-up of its attention call allows by "
-        f"Amdahl's law{_between(share)}; the aim, {AIM_OF_AMDAHL:.0%}, is "
-        f"{_verdict(share, AIM_OF_AMDAHL)}."
-    )
-
-
-def _between(value: Value) -> str:
-    return f" ({value.low:.2f} to {value.high:.2f})" if value.low and value.high else ""
-
-
-def _verdict(value: Value, aim: float) -> str:
-    if (value.low or value.y) >= aim:
-        return "reached"
-    return "missed" if (value.high or value.y) < aim else "neither reached nor missed for certain"
 
 
 def paper_setting(found: Sequence[Training]) -> Iterator[str]:

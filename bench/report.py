@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from bench.chip import SHARED_CORES
+from bench.chip import POWER_CAP, SHARED_CORES
 from bench.derived import BASELINE, Board, Cell, Gain, boards, compare, problem_of
 from bench.record import Row
 
@@ -326,7 +326,7 @@ def _disturbed(board: Board) -> Iterator[Text]:
             "which can make a call many times too slow: end them, and measure again.",
             style="yellow",
         )
-    capped = sum("power cap" in (row.throttled or "") for row in rows)
+    capped = sum(POWER_CAP in (row.throttled or "") for row in rows)
     if capped:
         yield Text(
             f"{capped} rows met the chip's power cap, which is normal in large dense cells.",

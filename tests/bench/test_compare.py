@@ -37,24 +37,37 @@ def test_verdicts(verdict_of):
     [
         (100.0, {}, "unclear"), (240.0, {}, "unclear"), (42.0, {}, "unclear"),
         (260.0, {}, "slower"), (39.0, {}, "faster"),
-        (103.0, {"phase": "step", "cuda": "13.0"}, "slower"),
-        (103.0, {"phase": "step", "cuda": None}, "unclear"),
+        (103.0, {"phase": "step", "attention_us": 25.0, "other_us": 77.0}, "slower"),
+        (103.0, {"phase": "step", "attention_us": 25.0, "other_us": 95.0}, "unclear"),
+        (103.0, {"phase": "step", "world_size": 2}, "unclear"),
     ],
 )  # fmt: skip
 def test_two_files_by_the_host_clock_need_a_large_factor(write, us, changes, expected):
-    """But for a GPU's training steps, which wait for no launch."""
+    """But for a GPU's training steps that wait for no launch, which CUPTI would make longer."""
     changes = {"clock": "host", "cuda": "13.0"} | changes
     a, b = (write(f"{name}.csv", timed(x, **changes)) for name, x in (("a", 100.0), ("b", us)))
     status, text = printed(a, b, None, None, fail_slower=150)
     assert words(text, "spattention", "flex")[-3] == expected
     assert status == (expected == "slower" and us > 250)
-    large = changes.get("phase") != "step" or changes["cuda"] is None
-    assert ("take a factor of 2.5 there" in text) == large
+    large = changes.get("other_us") != 77.0
+    assert ("take a factor of 2.5 by the host clock" in text) == large
     if not large:
         assert printed(a, b, None, None, fail_slower=2)[0] == 1
         return
     with pytest.raises(ValueError, match=r"--fail-slower is 149; .* tell 150 at least"):
         printed(a, b, None, None, fail_slower=149)
+
+
+def test_two_files_need_more_at_the_power_cap(write):
+    """But two methods whose samples are of the same rounds do not."""
+    capped = {"throttled": "power cap 20/30", "cuda": "13.0"}
+    a = write("a.csv", timed(**capped), timed(110.0, method="bigbird", **capped))
+    for us, expected in ((110.0, "unclear"), (130.0, "slower")):
+        _, text = printed(a, write(f"{us}.csv", timed(us)), None, None)
+        assert words(text, "spattention", "flex")[-3] == expected
+        assert "1.15 at the chip's power cap" in " ".join(text.split())
+    _, text = printed(a, None, "bigbird", "spattention")
+    assert words(text, "flex")[-3] == "slower" and "power cap" not in text
 
 
 def test_what_was_sampled_beside_other_work_tells_nothing_of_two_runs(write):
@@ -99,7 +112,7 @@ def test_what_only_one_side_has_is_told_in_a_few_lines(write):
 
 def test_steps_of_another_text_or_recipe_are_other_cells(write):
     step = {"phase": "step", "clock": "host", "cuda": "13.0", "model": "m", "world_size": 2,
-            "batch": 2, "seq_len": 512}  # fmt: skip
+            "batch": 2, "seq_len": 512, "attention_us": 25.0, "other_us": 75.0}  # fmt: skip
     a = write("a.csv", timed(data="random", recipe="steps=3", **step))
     b = write("b.csv", timed(data="random", recipe="steps=3", **step),
               timed(130.0, data="text@1", recipe="steps=3", **step),

@@ -1,0 +1,109 @@
+"""What was aimed at in training on an H200, and what of it was reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from bench.figures import Value
+from bench.report import NOTHING, quantity
+from bench.tables import markdown
+from bench.trainings import Training, tokens_per_s
+
+# Tokens/s of the same model in steps of 32768 tokens, by method, kind of backend and N: the least
+# that an earlier prototype reached on one H200 (driver 580.159, torch 2.11.0, Triton 3.6).
+PROTOTYPE = {
+    ("standard", "sdpa", 1024): 525_700, ("standard", "flex", 1024): 505_000,
+    ("spattention", "flex", 1024): 554_000, ("spattention_released", "flex", 1024): 523_000,
+    ("standard", "sdpa", 8192): 361_200, ("standard", "flex", 8192): 327_800,
+    ("spattention", "flex", 8192): 511_200, ("spattention_released", "flex", 8192): 432_900,
+    ("standard", "sdpa", 32768): 187_100, ("standard", "flex", 32768): 151_200,
+    ("spattention", "flex", 32768): 406_800,
+}  # fmt: skip
+PROTOTYPE_TOKENS = 32768
+# What `spattention` was to reach at this N: over the fastest dense step, and of Amdahl's figure.
+AIM_LENGTH, AIM_SPEEDUP, AIM_OF_AMDAHL = 32768, 2.2, 0.95
+
+
+def aims(found: Sequence[Training]) -> Iterator[str]:
+    """What was aimed at, and what of it was reached."""
+    taken = {
+        x.head.seq_len: x
+        for x in found
+        if (x.head.world_size, x.head.batch * x.head.seq_len) == (1, PROTOTYPE_TOKENS)
+    }
+    lines = [
+        (f"`{method}`", str(n), f"{quantity(aim)}, {kind}", *_reached(taken[n], method, kind, aim))
+        for (method, kind, n), aim in PROTOTYPE.items()
+        if n in taken
+    ]
+    if lines:
+        heads = ("method", "N", "prototype", "the same here", "fastest here")
+        yield "\n".join(markdown(heads, lines, numbers=range(1, 5)))
+        yield (
+            "Aimed at were the tokens/s of an earlier prototype of the same model on an H200 with "
+            "torch 2.11; in brackets what of them was reached, rounded down, on the same kind of "
+            f"backend and on the fastest of all. {_missed(taken)}"
+        )
+    if AIM_LENGTH in taken and (text := _speedup_aim(taken[AIM_LENGTH])):
+        yield text
+
+
+def _missed(taken: Mapping[int, Training]) -> str:
+    """What no backend reached of the prototype's tokens/s."""
+    most = {}
+    for (method, _, n), aim in PROTOTYPE.items():
+        most[method, n] = max(aim, most.get((method, n), 0))
+    below = [
+        f"`{method}` at N = {n}"
+        for (method, n), aim in most.items()
+        if n in taken
+        and (best := taken[n].best(method, None))
+        and tokens_per_s(taken[n].rows[best]).y < aim
+    ]
+    return f"Missed on every backend: {', '.join(below)}." if below else "All are reached."
+
+
+def _reached(found: Training, method: str, kind: str, aim: float) -> Iterator[str]:
+    timed = [cell for cell in found.cells if cell.method == method and found.us(cell)]
+    for cells in ([cell for cell in timed if cell.backend.startswith(kind)], timed):
+        best = min(cells, key=found.us, default=None)
+        rate = best and tokens_per_s(found.rows[best]).y
+        yield f"{quantity(rate)}, {best.backend} ({_percent(rate / aim)})" if rate else NOTHING
+
+
+def _percent(share: float) -> str:
+    """Rounded down: a hundred is an aim that was reached."""
+    return f"{math.floor(100 * share)}%"
+
+
+def _speedup_aim(found: Training) -> str | None:
+    best = found.best("spattention", None)
+    gain, bound = (best and x(best) for x in (found.speedup, found.amdahl))
+    if not gain:
+        return None
+    text = (
+        f"At N = {AIM_LENGTH} a step with `spattention` ({best.backend}) is {gain.y:.2f} times as "
+        f"fast as the fastest dense one{_between(gain)}; the aim, {AIM_SPEEDUP}, is "
+        f"{_verdict(gain, AIM_SPEEDUP)}."
+    )
+    if not bound:
+        return f"{text} By Amdahl's law it has no figure: {found.no_amdahl(best)}."
+    # Its ends are as far apart as those of the two can be.
+    ends = (gain.low, bound.high), (gain.high, bound.low)
+    share = Value(gain.y / bound.y, *(x and y and x / y for x, y in ends))
+    return (
+        f"{text} That is {_percent(share.y)} of what the speed-up of its attention call allows by "
+        f"Amdahl's law{_between(share)}; the aim, {AIM_OF_AMDAHL:.0%}, is "
+        f"{_verdict(share, AIM_OF_AMDAHL)}."
+    )
+
+
+def _between(value: Value) -> str:
+    return f" ({value.low:.2f} to {value.high:.2f})" if value.low and value.high else ""
+
+
+def _verdict(value: Value, aim: float) -> str:
+    if (value.low or value.y) >= aim:
+        return "reached"
+    return "missed" if (value.high or value.y) < aim else "neither reached nor missed for certain"
