@@ -4,7 +4,7 @@
 against the call with passes over a vector behind it, in interleaved rounds as a sweep does, makes
 the rows that a sweep would write, and asks of them what `compare` asks. It writes how many
 comparisons came out faster, slower, same or unclear: `paired` are two methods of one run, whose
-rounds are divided; `apart` are two runs, one right after the other, as two files are compared.
+rounds are divided; `apart` are groups of rounds that follow each other, as two files are compared.
 """
 
 from __future__ import annotations

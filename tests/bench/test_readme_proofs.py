@@ -98,8 +98,8 @@ def test_verdicts_of_a_gpu_and_of_a_cpu(folder):
     assert list(verdict_proofs(folder)) == [
         ("verdicts of `compare`: a call against its twin, in the same rounds",
          "199 same, 1 unclear, 0 slower, 0 faster", "`make detection`"),
-        ("verdicts of `compare` (CPU): 3% of real extra work (measured 3.1%), in two runs, one "
-         "right after the other", "0 same, 60 unclear, 39 slower, 1 faster", "`make detection`"),
+        ("verdicts of `compare` (CPU): 3% of real extra work (measured 3.1%), in rounds of "
+         "their own, right after", "0 same, 60 unclear, 39 slower, 1 faster", "`make detection`"),
     ]  # fmt: skip
 
 
