@@ -22,7 +22,7 @@ from bench.backends import BACKENDS
 from bench.compare import compare, sides
 from bench.paper_run import Paper, reproduce
 from bench.profile import Profile, is_profile, print_profile, profile, read_profile
-from bench.record import read_rows
+from bench.record import STEP, read_rows
 from bench.request import Sweep, named_device
 from bench.specs import parameters_text
 from bench.sweep import sweep
@@ -41,9 +41,10 @@ WRONG_COMMAND = re.compile(
     r"Unrecognized options: (?P<given>.*?) Available subcommands: (?P<allowed>.*?) For full"
 )
 WRONG_OPTION = re.compile(
-    r"Unrecognized options: (?P<given>[^\s,]+)(?:.*?Perhaps you meant: (?P<meant>--\S+))?"
+    r"Unrecognized (?:or misplaced )?options: (?P<given>[^\s,]+)"
+    r"(?:.*?Perhaps you meant: (?P<meant>--\S+))?"
 )
-MISSING = re.compile(r"Missing from run_bench.py (?P<command>\w+): (?P<what>\S+)")
+MISSING = re.compile(r"Missing (?:from run_bench.py \w+: |value for argument )'?(?P<what>[^\s']+)")
 LOG_WIDTH = 160  # columns where the output is no terminal: enough for every column of a table
 
 
@@ -143,10 +144,10 @@ def _parse(arguments: Sequence[str]) -> Sweep | Train | Profile | Plot | Compare
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ValueError(_unboxed(complaint.getvalue())) from None
+        raise ValueError(_unboxed(complaint.getvalue(), arguments[0])) from None
 
 
-def _unboxed(complaint: str) -> str:
+def _unboxed(complaint: str, command: str) -> str:
     """The message of tyro's box in one line: what was given, and what is allowed."""
     lines = [line.strip(" ╭╮╰╯│─") for line in complaint.splitlines()]
     _title, *message = [line for line in lines if line.strip("-")]
@@ -157,9 +158,9 @@ def _unboxed(complaint: str) -> str:
         return f"{found['given']!r} is no command; it takes {found['allowed']}"
     if found := WRONG_OPTION.match(text):
         meant = f"; perhaps {found['meant']}" if found["meant"] else ""
-        return f"{found['given']} is no option{meant}; --help has them all"
+        return f"{found['given']} is no option of {command}{meant}; {command} --help has them all"
     if found := MISSING.match(text):
-        return f"{found['command']} needs {found['what']}; --help says what that is"
+        return f"{command} needs {found['what']}; {command} --help says what that is"
     return re.split(r"\s*(?:Argument helptext:|For full helptext)", text)[0]
 
 
@@ -171,7 +172,9 @@ def _plot(command: Plot, console: Console) -> int:
     folder = command.output or _plots_of(command.csv.resolve())
     report.print_report(rows, console)
     print_training(rows, console)
-    drawn = figures.draw_all(rows, folder) + draw_backends(rows, folder)
+    trained = {row.run for row in rows if row.phase == STEP}  # whose steps say what is drawn
+    swept = [row for row in rows if row.run not in trained]
+    drawn = figures.draw_all(swept, folder) + draw_backends(swept, folder)
     drawn += draw_training(rows, folder)
     console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False, markup=False)
     return 0

@@ -37,8 +37,9 @@ OPTIONAL = (("A us", "B us"), ("could\nshow",), ("A\ntokens/s", "B\ntokens/s"))
 LEGEND = (
     "B / A: median time of A over that of B (above 1, B is faster), and its 99 % interval. "
     "faster, slower: all of it is more than 1 % away from 1; same: all of it is within 1 %; "
-    f"unclear: neither, or fewer than {FEW} samples, which make no 99 % interval. Could show: 1 % "
-    "and half the interval's width; such data does not tell a smaller difference. "
+    f"unclear: neither, or fewer than {FEW} samples, which make no 99 % interval. Could show: the "
+    "smallest difference that such data would have told, from the interval's width and what is no "
+    "difference. "
 )
 APART = (
     "Two runs of one thing can be further apart than any sample of theirs shows: faster and "

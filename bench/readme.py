@@ -27,6 +27,7 @@ from bench.readme_speeds import (
 )  # fmt: skip
 from bench.readme_training import training, training_summary
 from bench.record import ROOT, STEP, Row, read_rows
+from bench.specs import parameters_text
 from bench.tables import markdown, read_table
 from methods import METHODS
 
@@ -137,7 +138,9 @@ def _methods() -> str:
         share = report.NOTHING if empty[name] is None else f"{empty[name] / math.prod(size):.1%}"
         lines.append((f"`{name}`", about, share, method.paper))
     heads = ("method", "what query i sees", "rows without a key", "source")
-    told = "Rows without a key: of the (head, query) at N = {}, {} heads, causal.".format(*size)
+    told = "Rows without a key: of the (head, query) at N = {}, {} heads, causal. ".format(*size)
+    sizes = [(name, parameters_text(method)) for name, method in METHODS.items()]
+    told += f"Sizes: {'; '.join(f'`{name}` {text}' for name, text in sizes if text)}."
     return "\n".join([*markdown(heads, lines, numbers=(2,)), "", told])
 
 

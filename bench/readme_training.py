@@ -60,9 +60,9 @@ def training_summary(rows: Sequence[Row]) -> str:
     heads = ("method", *(f"N = {x.head.seq_len}" for x in found))
     notes = _notes([(x, cell) for (_, x), cell in best.items() if cell])
     caption = (
-        f"Tokens/s of training steps, each method on its fastest backend; in brackets over "
-        f"`{BASELINE}` on its own{INTERVALS}. `{IDENTITY.name}` is q + k + v in place of "
-        f"attention: no method gets above it. {_titles(found)}.{notes}"
+        "Tokens/s of training steps, each method on the fastest backend that it was measured on; "
+        f"in brackets over `{BASELINE}` on its own{INTERVALS}. `{IDENTITY.name}` is q + k + v "
+        f"in place of attention: no method gets above it. {_titles(found)}.{notes}"
     )
     return "\n".join([*markdown(heads, lines, numbers=range(1, len(heads))), "", caption])
 
@@ -301,7 +301,8 @@ def loss_tables(found: Sequence[Training], results: Path, plots: Path) -> Iterat
         yield (
             f"Mean losses of the first and the last {', '.join(map(str, sorted(steps)))} steps "
             "after the warm-up, from the same seed; one falls where the last lies below the first "
-            f"by three standard errors. {title(x.head)}.{_sources(x.head.data, results)}"
+            f"by three standard errors. {title(x.head)} · {x.head.recipe}."
+            f"{_sources(x.head.data, results)}"
             f"{_notes((x, cell) for cell in cells if x.rows[cell].status == 'ok')}"
         )
 

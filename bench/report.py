@@ -48,10 +48,41 @@ def tables(rows: Sequence[Row]) -> list[RenderableType]:
         BoardTable(board, board.head.clock != "host" or problem_of(board.head) not in on_device)
         for board in boards(rows)
     ]
+    layouts = _layouts(rows)
     if not found:
-        return [Text("No measurement to show.")]
+        return layouts or [Text("\n".join(["No measurement to show.", *_refusals(rows)]))]
     legend = LEGEND + (OF_MATMUL if any(row.matmul_tflop_s for row in rows) else "")
-    return [*found, Text(legend, style="dim")]
+    return [*found, *layouts, Text(legend, style="dim")]
+
+
+def _layouts(rows: Sequence[Row]) -> list[RenderableType]:
+    """What building the block lists took, once a problem: a table for all lengths."""
+    grouped: dict[str, dict[tuple[str, int], str]] = {}
+    built = [row for row in rows if row.phase == "layout" and row.status == "ok"]
+    cells = list(dict.fromkeys(Cell(row.method, row.params, "") for row in built))
+    names = dict(zip(cells, labels(cells), strict=True))
+    for row in built:
+        label = names[Cell(row.method, row.params, "")]
+        texts = grouped.setdefault(problem_title(row, without=["seq_len"]), {})
+        texts[label, row.seq_len] = f"{row.median_us:.0f}{_spread(row)}"
+    found: list[RenderableType] = []
+    for title, texts in grouped.items():
+        lengths = sorted({n for _, n in texts})
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+        table.add_column("method", overflow="fold", max_width=METHOD_WIDTH)
+        for n in lengths:
+            table.add_column(f"N {n}", justify="right", no_wrap=True)
+        for label in dict.fromkeys(label for label, _ in texts):
+            table.add_row(label, *(texts.get((label, n), NOTHING) for n in lengths))
+        head = Text(f"block lists, built once a problem, us by the host clock\n{title}", "bold")
+        found += [head, table, Text()]
+    return found
+
+
+def _refusals(rows: Sequence[Row]) -> Iterator[str]:
+    """Why there is nothing to show."""
+    for row in {(row.method, row.backend, row.phase): row for row in rows}.values():
+        yield f"{row.method} on {row.backend}, {row.phase}: {row.status}: {row.reason or NOTHING}"
 
 
 @dataclass(frozen=True)

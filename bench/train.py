@@ -181,7 +181,9 @@ def _device(request: Train, ranks: Ranks) -> torch.device:
 def _problem(request: Train, model: Model, device: torch.device, seq_len: int) -> Problem:
     on_gpu = device.type == "cuda"
     tokens = request.tokens or (32768 if on_gpu else 2048)
-    if seq_len < 1 or tokens % seq_len:
+    if seq_len < 1:
+        raise ValueError(f"--seq-len has {seq_len}; it must be 1 or more")
+    if tokens % seq_len:
         raise ValueError(f"--tokens is {tokens}; it must be a multiple of --seq-len {seq_len}")
     return Problem(
         batch=tokens // seq_len, q_heads=model.heads, kv_heads=model.kv_heads, seq_len=seq_len,

@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -244,6 +245,29 @@ def test_tables_come_from_the_file_alone(tmp_path):
 def test_no_rows_no_tables():
     assert printed([]).strip() == "No measurement to show."
     assert len(tables([make_row(median_us=1.0), make_row(seq_len=64, median_us=1.0)])) == 3
+
+
+def test_nothing_to_show_has_its_reasons():
+    row = make_row(phase="prepare", status="unsupported", reason="nothing follows", median_us=None)
+    assert printed([row, replace(row, clock="host")]).strip().splitlines() == [
+        "No measurement to show.",
+        f"{row.method} on {row.backend}, prepare: unsupported: nothing follows",
+    ]
+
+
+def test_block_lists_are_a_table_of_all_lengths():
+    layout = {"phase": "layout", "clock": "host"}
+    rows = [
+        make_row(method="bigbird", median_us=500.4, **layout),
+        make_row(method="bigbird", seq_len=8192, median_us=900.0, **layout),
+        make_row(method="longformer", seq_len=8192, status="oom", median_us=None, **layout),
+        make_row(method="standard", seq_len=8192, median_us=7.0, **layout),
+    ]
+    text = printed(rows)
+    assert "block lists, built once a problem, us by the host clock" in text
+    assert line_of(text, "bigbird") == ["bigbird", "500", "±1.0%", "900", "±1.0%"]
+    assert line_of(text, "standard")[:3] == ["standard", "-", "7"]
+    assert "longformer" not in text and "No measurement" not in text
 
 
 @pytest.mark.parametrize(

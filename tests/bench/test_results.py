@@ -82,3 +82,13 @@ def test_a_file_is_made_by_all_its_commands_even_where_one_fails(
     assert (tmp_path / "made.log").read_text().splitlines() == [
         str([commands[0]]), str([commands[2]])
     ]  # fmt: skip
+
+
+def test_without_a_gpu_nothing_is_begun(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["results", "lengths", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        results.main()
+    said = capsys.readouterr().err
+    assert (stop.value.code, said.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
+    assert "there is none here" in said

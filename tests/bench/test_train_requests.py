@@ -51,6 +51,7 @@ UNFIT = [
     [
         (["--model", "table3"], "--model is 'table3'; it takes table2, "),
         (["--tokens", "100", "--seq-len", "64"], "must be a multiple of --seq-len 64"),
+        (["--seq-len", "0"], "--seq-len has 0; it must be 1 or more"),
         (["--methods", "reformer"], "shares queries and keys"),
         (["--steps", "0"], "--steps is 0"),
         (["--time-limit", "inf"], "--time-limit is inf; it must be above 0, and 1000000 at most"),

@@ -18,6 +18,7 @@ import torch
 from bench.record import ROOT, environment
 from methods import METHODS, Problem, attend
 from methods.attend import executor
+from tests.gpu.device import the_gpu
 
 CALLS, ROUNDS = 300, 30
 
@@ -34,7 +35,7 @@ def microseconds(call: Callable[[], object], device: torch.device) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "attend_cost.csv")
-    output, device = parser.parse_args().output, torch.device("cuda:0")
+    output, device = parser.parse_args().output, the_gpu(parser)
     p = Problem(seq_len=1024, head_dim=64)
     q, k, v = (torch.randn(1, 8, 1024, 64, device=device, dtype=p.torch_dtype) for _ in range(3))
     layout, compiled = METHODS["spattention"].layout(q, k, v, p), executor("flex", p)

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from triton.testing import do_bench_cudagraph
 
 from bench import timing
 from bench.backends import BACKENDS, forward_backward
 from bench.record import ROOT, environment
 from methods import METHODS, Problem
+from tests.gpu.device import the_gpu
 
 POINTS = (
     ("standard", "flex", 4096), ("standard", "flex", 8192), ("standard", "sdpa-cudnn", 16384),
@@ -41,6 +41,8 @@ def inputs(p: Problem, device: torch.device) -> Iterator[tuple[torch.Tensor, ...
 
 def measured(name: str, backend: str, n: int, device: torch.device) -> dict[str, float]:
     """Microseconds of one call by each of the three."""
+    from triton.testing import do_bench_cudagraph  # there is none without a GPU
+
     p = Problem(seq_len=n)
     attention = BACKENDS[backend].build(METHODS[name], p, device, (128, 128))
     calls = [partial(forward_backward, attention, x) for x in inputs(p, device)]
@@ -60,7 +62,7 @@ def measured(name: str, backend: str, n: int, device: torch.device) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "clocks.csv")
-    output, device = parser.parse_args().output, torch.device("cuda:0")
+    output, device = parser.parse_args().output, the_gpu(parser)
     timing.use_side_stream(device)
     env = environment(device)
     with output.open("w", newline="") as file:

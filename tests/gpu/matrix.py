@@ -31,6 +31,7 @@ from bench.request import named_device
 from bench.worker import Worker
 from methods import METHODS, Problem
 from methods.attend import NO_LSE
+from tests.gpu.device import the_gpu
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
@@ -187,13 +188,13 @@ def write_before(path: Path, lines: Sequence[Sequence[str]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "matrix.csv")
-    parser.add_argument("--device", default=str(named_device(None)))
+    parser.add_argument("--device", help="the GPU by default")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
     parser.add_argument("--resume", action="store_true", help="keep the lines of FILE")
     given = parser.parse_args()
-    device = str(named_device(given.device))
+    device = str(named_device(given.device) if given.device else the_gpu(parser))
     before = found_in(given.output, environment(torch.device(device))) if given.resume else []
     known = [x[: len(KEY)] for x in before]
     jobs = list(matrix(given.methods, given.dtype, given.head_dim, device=device))

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from bench.record import ROOT
+from tests.gpu.device import the_gpu
 
 DENSE = "sdpa-flash sdpa-cudnn sdpa-efficient"
 FAST = "flash varlen fa4"
@@ -214,6 +215,7 @@ def main() -> int:
         names = chosen(given.names)
     except ValueError as error:
         parser.error(str(error))
+    the_gpu(parser)
     (given.output / "results").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as caches:
         ends = [run(name, given.output, Path(caches)) for name in names]

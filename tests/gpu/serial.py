@@ -23,6 +23,7 @@ import torch
 from bench.record import ROOT, environment
 from methods import METHODS, Problem
 from methods.attend import plan
+from tests.gpu.device import the_gpu
 
 METHODS_TAKEN = (
     "standard", "sliding_window", "spattention", "spattention_released", "longformer"
@@ -59,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "serial.csv")
     parser.add_argument("--heads", type=int, nargs="+", default=HEADS)
-    given, device = parser.parse_args(), torch.device("cuda:0")
+    given, device = parser.parse_args(), the_gpu(parser)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
         seconds = one_by_one(given.heads, device)
