@@ -10,7 +10,7 @@ from bench.derived import BASELINE, Cell, in_order
 from bench.docstrings import Source
 from bench.paper_speeds import EAGER, TABLE_2_MODEL, UNCOMPILED_MODEL
 from bench.readme_aims import aims
-from bench.readme_speeds import INTERVALS, times
+from bench.readme_speeds import INTERVALS, WIDE, times
 from bench.record import Row
 from bench.report import NOTHING, labels, quantity
 from bench.step_attention import IDENTITY
@@ -110,7 +110,7 @@ def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = F
         f"`{IDENTITY.name}` is q + k + v in place of attention: what no method gets above."
     )
     if len(columns) > len(found):
-        caption += " Scaling: tokens/s over those of one process times processes."
+        caption += " Scaling: tokens/s over those of one process times processes, likewise."
     notes = _beyond(found) + _notes([(x, cell) for x in found for cell in _cells([x])])
     return "\n".join([*table, "", f"{caption} {_titles(found)}.{notes}"])
 
@@ -208,7 +208,10 @@ def _rate(
 
 def _scaling(row: Row | None, rows: Sequence[Row]) -> str:
     share = row and scaling(row, rows)
-    return f"{share:.0%}" if share else NOTHING
+    if not share:
+        return NOTHING
+    wide = share.low and share.high and share.high / share.low > 1 + WIDE
+    return f"{share.y:.0%}" + (f", {share.low:.0%} to {share.high:.0%}" if wide else "")
 
 
 def paper_setting(found: Sequence[Training]) -> Iterator[str]:

@@ -107,8 +107,8 @@ def _warnings(training: Training) -> Iterator[str]:
             yield (
                 f"warning: {cell.label}, {cell.backend}: the step's {gain.y:.2f}x is above "
                 f"Amdahl's {bound.y:.2f}x by more than the intervals: the call or the split was "
-                f"taken at other clocks of the chip, or attention inside the model is faster than "
-                f"its call; {remedy}."
+                f"taken at other clocks of the chip, or the rest of the step is shorter than "
+                f"beside dense attention; {remedy}."
             )
 
 
@@ -174,7 +174,7 @@ def _line(training: Training, cell: Cell, rows: Sequence[Row]) -> list[str]:
         return [cell.backend, row.status, *[NOTHING] * (len(TABLE) - 3)]
     real = cell.method != IDENTITY.name
     same = cell._replace(method=BASELINE, params=None)
-    bound = training.amdahl(cell) if real else None
+    bound, share = training.amdahl(cell) if real else None, scaling(row, rows)
     return [
         cell.backend, f"{rate.y:,.0f}", f"{_half_width(rate):.1%}",
         _duration(row.median_us),
@@ -184,7 +184,7 @@ def _line(training: Training, cell: Cell, rows: Sequence[Row]) -> list[str]:
         _number(training.us(same) and training.speedup(cell, same).y),
         _number(utilisation(row), ".1%"), _number(attention_share(row), ".1%"),
         _number(row.peak_bytes and row.peak_bytes / 2**30, ".1f", " GiB"),
-        _loss(row), _number(scaling(row, rows), ".1%"),
+        _loss(row), _number(share and share.y, ".1%"),
     ]  # fmt: skip
 
 

@@ -145,17 +145,22 @@ def utilisation(row: Row) -> float | None:
     return row.model_flops / row.median_us * 1e-6 / row.matmul_tflop_s
 
 
-def scaling(row: Row, rows: Iterable[Row]) -> float | None:
+def scaling(row: Row, rows: Iterable[Row]) -> Value | None:
     """Tokens/s over those of one process of the same cell times the number of processes.
 
-    One by the same recipe where there is one; of several, the last.
+    One by the same recipe where there is one; of several, the last. The ends are as far apart as
+    those of the two can be.
     """
     if row.world_size == 1 or not (own := tokens_per_s(row)):
         return None
     alone = [x for x in rows if x.world_size == 1 and _scales(x) == _scales(row)]
     alone = [x for x in alone if x.phase == STEP and tokens_per_s(x)]
     single = max(alone, key=lambda x: (x.recipe == row.recipe, x.time_utc), default=None)
-    return own.y / (row.world_size * tokens_per_s(single).y) if single else None
+    if single is None:
+        return None
+    alone = Value(*(rate and row.world_size * rate for rate in tokens_per_s(single)))
+    ends = (own.low, alone.high), (own.high, alone.low)
+    return Value(own.y / alone.y, *(x / y if x and y else None for x, y in ends))
 
 
 class Fall(NamedTuple):

@@ -349,6 +349,6 @@ def test_two_processes_go_on_with_the_run_of_one_and_show_how_they_scale(
         (method, size) for size in (1, 2) for method in ("standard", "identity")
     ]
     shares = [scaling(row, rows) for row in rows]
-    assert shares[:2] == [None, None] and all(share > 0 for share in shares[2:])
-    assert "scaling" in done.stdout and f"{shares[2]:.1%}" in done.stdout
+    assert shares[:2] == [None, None] and all(share.y > 0 for share in shares[2:])
+    assert "scaling" in done.stdout and f"{shares[2].y:.1%}" in done.stdout
     assert all(row.attention_us is None for row in rows)

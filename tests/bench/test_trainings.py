@@ -191,13 +191,16 @@ def cell_of(row):
 def test_scaling_and_utilisation():
     one, two = made(us=100.0), made(us=125.0, world_size=2)
     assert tokens_per_s(two).y == pytest.approx(2 * 4096 / 125e-6)
-    assert scaling(two, [one, two]) == pytest.approx(0.8)
+    assert scaling(two, [one, two]).y == pytest.approx(0.8)
     assert scaling(two, [two, made(model="other")]) is None
     assert scaling(one, [one, two]) is None
     slow, late = (made(us=us, time_utc=f"2026-01-0{k}T00:00:00Z") for k, us in ((2, 200), (3, 50)))
-    assert scaling(two, [one, slow, late]) == pytest.approx(0.4)
+    assert scaling(two, [one, slow, late]).y == pytest.approx(0.4)
     same = replace(slow, recipe="steps=9")
-    assert scaling(replace(two, recipe="steps=9"), [one, same, late]) == pytest.approx(1.6)
+    assert scaling(replace(two, recipe="steps=9"), [one, same, late]).y == pytest.approx(1.6)
+    ends = {"ci_low_us": 90.0, "ci_high_us": 110.0}
+    low, high = scaling(replace(two, **ends), [replace(one, **ends)])[1:]
+    assert (low, high) == (pytest.approx(90 / 110), pytest.approx(110 / 90))
     assert scaling(two, [replace(one, torch="2.0"), replace(one, driver="1")]) is None
     row = made(us=1e6, model_flops=4e14, matmul_tflop_s=800.0)
     assert utilisation(row) == pytest.approx(0.5)
