@@ -40,6 +40,7 @@ def timed(folder, monkeypatch):
     path = folder / "h200" / "serial.csv"
     monkeypatch.setattr(serial, "METHODS_TAKEN", METHODS)
     monkeypatch.setattr(serial, "LENGTHS", LENGTHS)
+    monkeypatch.setattr(serial, "the_gpu", lambda parser: None)
     monkeypatch.setattr(serial, "one_by_one", lambda heads, device: 80.0 * len(heads))
     env = SimpleNamespace(device="Chip X", code="abc")
     monkeypatch.setattr(serial, "environment", lambda device: env)
