@@ -133,9 +133,11 @@ def _beyond(found: Sequence[Training]) -> str:
         for cell in x.cells:
             most, gain = x.amdahl(cell), x.speedup(cell)
             if most and gain and (gain.low or 0) > (most.high or most.y):
-                rest = [x.rows[c].other_us / 1000 for c in (cell, x.dense)]
                 told = f"`{cell.method}` on {cell.backend}, {_head(x.head, found)}"
-                above.append((gain.y / most.y, f"{told} ({rest[0]:.1f} ms, not {rest[1]:.1f})"))
+                if rest := x.rows[cell].other_us:
+                    dense = x.rows[x.dense].other_us
+                    told += f" ({rest / 1000:.1f} ms, not {dense / 1000:.1f})"
+                above.append((gain.y / most.y, told))
     if not above:
         return ""
     return (

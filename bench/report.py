@@ -58,7 +58,7 @@ def tables(rows: Sequence[Row]) -> list[RenderableType]:
 def _layouts(rows: Sequence[Row]) -> list[RenderableType]:
     """What building the block lists took, once a problem: a table for all lengths."""
     grouped: dict[str, dict[tuple[str, int], str]] = {}
-    built = [row for row in rows if row.phase == "layout" and row.status == "ok"]
+    built = [row for row in rows if row.phase == "layout" and row.median_us]
     cells = list(dict.fromkeys(Cell(row.method, row.params, "") for row in built))
     names = dict(zip(cells, labels(cells), strict=True))
     for row in built:
