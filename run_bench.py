@@ -22,7 +22,7 @@ from bench.backends import BACKENDS
 from bench.compare import compare, sides
 from bench.paper_run import Paper, reproduce
 from bench.profile import Profile, is_profile, print_profile, profile, read_profile
-from bench.record import STEP, read_rows
+from bench.record import STEP, Row, read_rows
 from bench.request import Sweep, named_device
 from bench.specs import parameters_text
 from bench.sweep import sweep
@@ -44,7 +44,8 @@ WRONG_OPTION = re.compile(
     r"Unrecognized (?:or misplaced )?options: (?P<given>[^\s,]+)"
     r"(?:.*?Perhaps you meant: (?P<meant>--\S+))?"
 )
-MISSING = re.compile(r"Missing (?:from run_bench.py \w+: |value for argument )'?(?P<what>[^\s']+)")
+MISSING = re.compile(r"Missing from run_bench.py \w+: (?P<what>\S+)")
+NO_VALUE = re.compile(r"Missing value for argument '(?P<what>[^\s']+)'")
 LOG_WIDTH = 160  # columns where the output is no terminal: enough for every column of a table
 
 
@@ -159,7 +160,9 @@ def _unboxed(complaint: str, command: str) -> str:
     if found := WRONG_OPTION.match(text):
         meant = f"; perhaps {found['meant']}" if found["meant"] else ""
         return f"{found['given']} is no option of {command}{meant}; {command} --help has them all"
-    if found := MISSING.match(text):
+    if (found := NO_VALUE.match(text)) and found["what"].startswith("-"):
+        return f"{found['what']} needs a value; {command} --help says what it takes"
+    if found := found or MISSING.match(text):
         return f"{command} needs {found['what']}; {command} --help says what that is"
     return re.split(r"\s*(?:Argument helptext:|For full helptext)", text)[0]
 
@@ -172,12 +175,16 @@ def _plot(command: Plot, console: Console) -> int:
     folder = command.output or _plots_of(command.csv.resolve())
     report.print_report(rows, console)
     print_training(rows, console)
-    trained = {row.run for row in rows if row.phase == STEP}  # whose steps say what is drawn
-    swept = [row for row in rows if row.run not in trained]
+    trained = {_cell_of_run(row) for row in rows if row.phase == STEP}
+    swept = [row for row in rows if _cell_of_run(row) not in trained]  # no step's own call
     drawn = figures.draw_all(swept, folder) + draw_backends(swept, folder)
     drawn += draw_training(rows, folder)
     console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False, markup=False)
     return 0
+
+
+def _cell_of_run(row: Row) -> tuple:
+    return row.run, row.problem, row.method, row.params, row.backend
 
 
 def _plots_of(path: Path) -> Path:

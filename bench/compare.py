@@ -44,11 +44,11 @@ LEGEND = (
 APART = (
     "Two runs of one thing can be further apart than any sample of theirs shows: faster and "
     f"slower take a factor of {APART_ON_HOST:g} by the host clock, {APART_AT_CAP:g} at the chip's "
-    "power cap. "
+    "power cap, and nothing is the same there. "
 )
 UNPAIRED = (
     "Samples of two runs do not pair: what changed on the machine between them is in the ratio "
-    "alone."
+    "alone, and may be 3 % by the device clock."
 )
 BUSY = "others were at work on the same cores"
 DISTURBED = (
@@ -155,11 +155,14 @@ def sides(csv: Path, other: Path | None, method: str | None, against: str | None
 
 def difference(a: Row, b: Row, paired: bool) -> float:
     """The factor from which on the speeds of two such rows differ; inf where nothing tells."""
-    if paired or (a.clock == "host" and all(map(_busy, (a, b)))):
+    if paired:
         return LIMIT
-    if a.clock != "host":
-        return APART_AT_CAP if any(POWER_CAP in (x.throttled or "") for x in (a, b)) else LIMIT
-    return math.inf if disturbed(a, b) else APART_ON_HOST
+    if a.clock == "host":
+        if not all(map(_busy, (a, b))):
+            return math.inf if disturbed(a, b) else APART_ON_HOST
+        if (a.method, a.params) != (b.method, b.params):
+            return LIMIT  # steps of one run, one after the other on the same chip
+    return APART_AT_CAP if any(POWER_CAP in (x.throttled or "") for x in (a, b)) else LIMIT
 
 
 def _busy(row: Row) -> bool:

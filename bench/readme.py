@@ -212,13 +212,15 @@ def _over_reference(theirs: Sequence[Row], own: Sequence[Row]) -> str:
             ratio = times(gain.ratio, gain.low, gain.high)
             return f"{_ms(rival.median_us)}, {_ms(row.median_us)}{told}: {ratio}{mark}"
     rival, row = (_status(rows) for rows in (theirs, own))
+    if rival == row == "ok":
+        return report.NOTHING  # no blocks that both were timed with
     return rival if row == "ok" or rival == report.NOTHING else f"{rival} : {row}"
 
 
 def _timed(rows: Sequence[Row], clock: str) -> dict[tuple[int, int], Row]:
     """Rows with a time by this clock by their blocks: those of a problem share its rounds."""
     last = {(row.q_block, row.kv_block): row for row in rows if row.clock == clock}
-    return {size: row for size, row in last.items() if row.status == "ok" and row.median_us}
+    return {size: row for size, row in last.items() if row.status == "ok" and row.samples}
 
 
 def _status(rows: Sequence[Row]) -> str:

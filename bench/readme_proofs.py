@@ -251,34 +251,47 @@ def _records(path: Path) -> list[dict[str, str]]:
 
 
 def repeat_proofs(results: Path) -> Iterator[Proof]:
-    """Two runs of the same cells, apart by whether the chip was at its power cap."""
-    for capped, found in sorted(device_spread(results).items()):
+    """Cells that several runs timed, apart by whether the chip was at its power cap."""
+    for capped, found in sorted(device_spread(sweeps(results / "h200")).items()):
         near = sum(x <= 1.02 for x in found)
+        where = "at the chip's power cap" if capped else "of one code, below the chip's power cap"
         yield (
-            f"the same cells in two runs, {'at' if capped else 'below'} the chip's power cap, "
-            "device medians",
-            f"{near} of {len(found)} within 2 %, at most {max(found) - 1:.0%} apart",
+            f"the same cells in several runs {where}, device medians",
+            f"{near} of {len(found)} within 2 %, at most {max(found) - 1:.1%} apart",
             "`run_bench.py compare`",
         )
 
 
-def device_spread(results: Path) -> dict[bool, list[float]]:
-    """Of each cell that two runs timed, the longer over the shorter median, by the power cap."""
-    runs = [
-        {
-            (_cell(row), row.phase): row
-            for row in read_rows(results / f"h200/{name}.csv")
-            if row.clock == "device" and row.status == "ok"
-        }
-        for name in ("lengths", "backends")
-    ]
-    apart: dict[bool, list[float]] = {}
-    for key in runs[0].keys() & runs[1].keys():
-        a, b = (run[key] for run in runs)
-        capped = any(POWER_CAP in (row.throttled or "") for row in (a, b))
-        times = sorted((a.median_us, b.median_us))
-        apart.setdefault(capped, []).append(times[1] / times[0])
-    return apart
+def device_spread(rows: Iterable[Row]) -> dict[bool, list[float]]:
+    """Of each cell that several runs timed, the longest over the shortest device median.
+
+    By whether any of them met the power cap; where none did, of runs of one code alone.
+    """
+    rows = [row for row in _calls(rows) if row.clock == "device"]
+    capped = {_same(row) for row in rows if POWER_CAP in (row.throttled or "")}
+    found: dict[bool, dict[tuple, list[float]]] = {}
+    for row in rows:
+        hot = _same(row) in capped
+        cells = found.setdefault(hot, {})
+        cells.setdefault((_same(row), None if hot else row.code), []).append(row.median_us)
+    return {hot: _spread(cells.values()) for hot, cells in found.items()}
+
+
+def _calls(rows: Iterable[Row]) -> Iterator[Row]:
+    """Of attention, with a time."""
+    for row in rows:
+        if row.status == "ok" and row.phase in ("fwd", "bwd", "fwd_bwd"):
+            yield row
+
+
+def _same(row: Row) -> tuple:
+    """What two runs of a cell share, by the same libraries on the same chip."""
+    with_what = row.device, row.torch, row.flash_attn
+    return *_cell(row), row.q_block, row.kv_block, row.phase, *with_what
+
+
+def _spread(found: Iterable[list[float]]) -> list[float]:
+    return [max(times) / min(times) for times in found if len(times) > 1]
 
 
 def host_proofs(results: Path) -> Iterator[Proof]:
@@ -295,12 +308,10 @@ def host_proofs(results: Path) -> Iterator[Proof]:
 def host_spread(rows: Iterable[Row]) -> list[float]:
     """Of each cell that several runs of one code timed, the longest over the shortest median."""
     found: dict[tuple, list[float]] = {}
-    for row in rows:
-        if (row.clock, row.status) == ("host", "ok") and row.phase in ("fwd", "bwd", "fwd_bwd"):
-            same = row.device, row.torch, row.flash_attn, row.code  # or it is another kernel's
-            key = *_cell(row), row.q_block, row.kv_block, row.phase, *same
-            found.setdefault(key, []).append(row.median_us)
-    return [max(times) / min(times) for times in found.values() if len(times) > 1]
+    for row in _calls(rows):
+        if row.clock == "host":
+            found.setdefault((_same(row), row.code), []).append(row.median_us)
+    return _spread(found.values())
 
 
 def sweeps(folder: Path) -> list[Row]:

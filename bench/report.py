@@ -15,7 +15,7 @@ from rich.text import Text
 
 from bench.chip import POWER_CAP, SHARED_CORES
 from bench.derived import BASELINE, Board, Cell, Gain, boards, compare, problem_of
-from bench.record import Row
+from bench.record import STEP, Row
 
 PHASE_NAMES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
 NOTHING = "-"
@@ -49,6 +49,8 @@ def tables(rows: Sequence[Row]) -> list[RenderableType]:
         for board in boards(rows)
     ]
     layouts = _layouts(rows)
+    if not found and all(row.phase == STEP for row in rows) and rows:
+        return []  # which a training's own tables show
     if not found:
         return layouts or [Text("\n".join(["No measurement to show.", *_refusals(rows)]))]
     legend = LEGEND + (OF_MATMUL if any(row.matmul_tflop_s for row in rows) else "")
@@ -57,14 +59,14 @@ def tables(rows: Sequence[Row]) -> list[RenderableType]:
 
 def _layouts(rows: Sequence[Row]) -> list[RenderableType]:
     """What building the block lists took, once a problem: a table for all lengths."""
-    grouped: dict[str, dict[tuple[str, int], str]] = {}
+    grouped: dict[str, dict[tuple[str, int], tuple[str, str]]] = {}
     built = [row for row in rows if row.phase == "layout" and row.median_us]
     cells = list(dict.fromkeys(Cell(row.method, row.params, "") for row in built))
     names = dict(zip(cells, labels(cells), strict=True))
     for row in built:
         label = names[Cell(row.method, row.params, "")]
         texts = grouped.setdefault(problem_title(row, without=["seq_len"]), {})
-        texts[label, row.seq_len] = f"{row.median_us:.0f}{_spread(row)}"
+        texts[label, row.seq_len] = f"{row.median_us:.0f}", _spread(row)
     found: list[RenderableType] = []
     for title, texts in grouped.items():
         lengths = sorted({n for _, n in texts})
@@ -73,7 +75,9 @@ def _layouts(rows: Sequence[Row]) -> list[RenderableType]:
         for n in lengths:
             table.add_column(f"N {n}", justify="right", no_wrap=True)
         for label in dict.fromkeys(label for label, _ in texts):
-            table.add_row(label, *(texts.get((label, n), NOTHING) for n in lengths))
+            times = (texts.get((label, n), (NOTHING,)) for n in lengths)
+            # Beside more than three there is no room for intervals.
+            table.add_row(label, *("".join(x[: 2 if len(lengths) <= 3 else 1]) for x in times))
         head = Text(f"block lists, built once a problem, us by the host clock\n{title}", "bold")
         found += [head, table, Text()]
     return found
@@ -82,7 +86,10 @@ def _layouts(rows: Sequence[Row]) -> list[RenderableType]:
 def _refusals(rows: Sequence[Row]) -> Iterator[str]:
     """Why there is nothing to show."""
     for row in {(row.method, row.backend, row.phase): row for row in rows}.values():
-        yield f"{row.method} on {row.backend}, {row.phase}: {row.status}: {row.reason or NOTHING}"
+        told = f"{row.status}: {row.reason or NOTHING}"
+        if row.status == "ok":
+            told = "measured; it is shown as a part of fwd, beside it"
+        yield f"{row.method} on {row.backend}, {row.phase}: {told}"
 
 
 @dataclass(frozen=True)

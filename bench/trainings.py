@@ -191,7 +191,7 @@ def fall(row: Row) -> Fall | None:
 
 def missed(row: Row) -> float | None:
     """Share of a step that its two parts do not add up to; negative where they exceed it."""
-    if row.attention_us is None or not row.median_us:
+    if row.attention_us is None or row.other_us is None or not row.median_us:
         return None
     return 1 - (row.attention_us + row.other_us) / row.median_us
 

@@ -171,7 +171,7 @@ def test_two_runs_are_told_apart_by_the_power_cap(folder):
             store.append([make_row(method="bigbird", seq_len=len(name), median_us=1.0)])
     below, at = repeat_proofs(folder)
     assert below[:2] == (
-        "the same cells in two runs, below the chip's power cap, device medians",
-        "1 of 2 within 2 %, at most 3% apart",
+        "the same cells in several runs of one code, below the chip's power cap, device medians",
+        "1 of 2 within 2 %, at most 3.1% apart",
     )
-    assert at[1] == "0 of 1 within 2 %, at most 25% apart"
+    assert at[1] == "0 of 1 within 2 %, at most 25.0% apart"

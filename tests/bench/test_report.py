@@ -253,6 +253,8 @@ def test_nothing_to_show_has_its_reasons():
         "No measurement to show.",
         f"{row.method} on {row.backend}, prepare: unsupported: nothing follows",
     ]
+    assert "measured; it is shown as a part of fwd" in printed([make_row(phase="prepare")])
+    assert printed([make_row(phase="step", clock="host")]) == ""
 
 
 def test_block_lists_are_a_table_of_all_lengths():
@@ -268,6 +270,8 @@ def test_block_lists_are_a_table_of_all_lengths():
     assert line_of(text, "bigbird") == ["bigbird", "500", "±1.0%", "900", "±1.0%"]
     assert line_of(text, "standard")[:3] == ["standard", "-", "7"]
     assert "longformer" not in text and "No measurement" not in text
+    many = [make_row(method="bigbird", seq_len=1 << n, **layout) for n in range(9, 16)]
+    assert "±" not in printed(many, width=80) and line_of(printed(many, width=80), "bigbird")
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ METHOD = Mine()
         (["--method", "standard"], "error: --method is no option of sweep; perhaps --methods; "),
         (["plot"], "error: plot needs PATH; plot --help says what that is\n"),
         (["compare", "--methods", "x", "a"], "error: compare needs csv; compare --help says"),
+        (["train", "--model"], "error: --model needs a value; train --help says what it takes"),
         (["plot", "nowhere.csv"], "nowhere.csv"),
     ],
 )
