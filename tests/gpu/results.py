@@ -111,7 +111,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "profile_rivals": (
         f"{PROFILE} --methods standard reformer:mode='reformer_pytorch' --seq-len 16384 "
-        "--dtype float32 --causal False --phases fwd_bwd --backends eager reformer-pytorch",
+        "--dtype float32 --causal False --phases fwd_bwd --backends flex eager reformer-pytorch",
     ),
     "profile_xformers": (
         f"{PROFILE} --methods standard sliding_window --seq-len 16384 --phases fwd_bwd "
