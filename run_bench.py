@@ -44,8 +44,8 @@ WRONG_OPTION = re.compile(
     r"Unrecognized (?:or misplaced )?options: (?P<given>[^\s,]+)"
     r"(?:.*?Perhaps you meant: (?P<meant>--\S+))?"
 )
-MISSING = re.compile(r"Missing from run_bench.py \w+: (?P<what>\S+)")
-NO_VALUE = re.compile(r"Missing value for argument '(?P<what>[^\s']+)'")
+NO_VALUE = re.compile(r"Missing value for argument '(?P<option>--[^']+)'")
+MISSING = re.compile(r"Missing (?:from run_bench.py \w+: |value for argument ')(?P<what>[^\s']+)")
 LOG_WIDTH = 160  # columns where the output is no terminal: enough for every column of a table
 
 
@@ -160,9 +160,9 @@ def _unboxed(complaint: str, command: str) -> str:
     if found := WRONG_OPTION.match(text):
         meant = f"; perhaps {found['meant']}" if found["meant"] else ""
         return f"{found['given']} is no option of {command}{meant}; {command} --help has them all"
-    if (found := NO_VALUE.match(text)) and found["what"].startswith("-"):
-        return f"{found['what']} needs a value; {command} --help says what it takes"
-    if found := found or MISSING.match(text):
+    if found := NO_VALUE.match(text):
+        return f"{found['option']} needs a value; {command} --help says what it takes"
+    if found := MISSING.match(text):
         return f"{command} needs {found['what']}; {command} --help says what that is"
     return re.split(r"\s*(?:Argument helptext:|For full helptext)", text)[0]
 

@@ -10,7 +10,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +18,15 @@ from bench import derived
 from bench.chip import POWER_CAP, SHARED_CORES
 from bench.derived import Board, Cell
 from bench.record import STEP, Environment, Row, read_rows
-from bench.report import METHOD_WIDTH, NOTHING, PHASE_NAMES, fits, problem_title, quantity
+from bench.report import (
+    METHOD_WIDTH,
+    NOTHING,
+    PHASE_NAMES,
+    fits,
+    plain_table,
+    problem_title,
+    quantity,
+)
 from bench.stats import FEW, Ratio
 from bench.trainings import SPLIT, missed, tokens_per_s
 
@@ -297,7 +304,7 @@ def _table(pairs: Sequence[Pair], console: Console) -> Table:
     shown = [head for head in rows[0] if any(row[head] not in ("", NOTHING) for row in rows)]
     for dropped in ((), *OPTIONAL):
         shown = [head for head in shown if head not in dropped]
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+        table = plain_table()
         for head in shown:
             word = head in ("method", "backend", "phase")
             look = {"overflow": "fold"} if word else {"justify": "right", "no_wrap": True}

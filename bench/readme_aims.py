@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from bench.figures import Value
 from bench.report import NOTHING, quantity
 from bench.tables import markdown
-from bench.trainings import Training, tokens_per_s
+from bench.trainings import Training, quotient, tokens_per_s
 
 # Tokens/s of the same model in steps of 32768 tokens, by method, kind of backend and N: the least
 # that an earlier prototype reached on one H200 (driver 580.159, torch 2.11.0, Triton 3.6).
@@ -89,9 +89,7 @@ def _speedup_aim(found: Training) -> str | None:
     )
     if not bound:
         return f"{text} By Amdahl's law it has no figure: {found.no_amdahl(best)}."
-    # Its ends are as far apart as those of the two can be.
-    ends = (gain.low, bound.high), (gain.high, bound.low)
-    share = Value(gain.y / bound.y, *(x and y and x / y for x, y in ends))
+    share = quotient(gain, bound)
     return (
         f"{text} That is {_percent(share.y)} of what the speed-up of its attention call allows by "
         f"Amdahl's law{_between(share)}; the aim, {AIM_OF_AMDAHL:.0%}, is "

@@ -49,9 +49,9 @@ def tables(rows: Sequence[Row]) -> list[RenderableType]:
         for board in boards(rows)
     ]
     layouts = _layouts(rows)
-    if not found and all(row.phase == STEP for row in rows) and rows:
-        return []  # which a training's own tables show
     if not found:
+        if rows and all(row.phase == STEP for row in rows):
+            return []  # which a training's own tables show
         return layouts or [Text("\n".join(["No measurement to show.", *_refusals(rows)]))]
     legend = LEGEND + (OF_MATMUL if any(row.matmul_tflop_s for row in rows) else "")
     return [*found, *layouts, Text(legend, style="dim")]
@@ -70,14 +70,14 @@ def _layouts(rows: Sequence[Row]) -> list[RenderableType]:
     found: list[RenderableType] = []
     for title, texts in grouped.items():
         lengths = sorted({n for _, n in texts})
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+        table = plain_table()
         table.add_column("method", overflow="fold", max_width=METHOD_WIDTH)
         for n in lengths:
             table.add_column(f"N {n}", justify="right", no_wrap=True)
+        parts = 2 if len(lengths) <= 3 else 1  # beside more there is no room for intervals
         for label in dict.fromkeys(label for label, _ in texts):
             times = (texts.get((label, n), (NOTHING,)) for n in lengths)
-            # Beside more than three there is no room for intervals.
-            table.add_row(label, *("".join(x[: 2 if len(lengths) <= 3 else 1]) for x in times))
+            table.add_row(label, *("".join(x[:parts]) for x in times))
         head = Text(f"block lists, built once a problem, us by the host clock\n{title}", "bold")
         found += [head, table, Text()]
     return found
@@ -148,6 +148,11 @@ class BoardTable:
         return f"{clock} clock{tokens} · {self.board.head.device}"
 
 
+def plain_table() -> Table:
+    """Without columns: the look of every table on a terminal."""
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+
+
 def fits(table: Table, console: Console, options: ConsoleOptions) -> bool:
     """Whether nothing of a table is cut or wrapped at a width."""
     unbounded = options.update(max_width=1000)
@@ -192,7 +197,7 @@ def _columns(board: Board, tokens: bool) -> list[Column]:
 
 
 def _table(board: Board, columns: Sequence[Column]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table = plain_table()
     table.add_column("method", overflow="fold", max_width=METHOD_WIDTH)
     table.add_column("backend", no_wrap=True)
     for column in columns:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +12,7 @@ from bench.compare import LIMIT
 from bench.derived import BASELINE, Cell
 from bench.figures import Value
 from bench.record import Row
-from bench.report import METHOD_WIDTH, NOTHING, WIDE, fits, labels
+from bench.report import METHOD_WIDTH, NOTHING, WIDE, fits, labels, plain_table
 from bench.step_attention import IDENTITY
 from bench.trainings import (
     SPLIT,
@@ -153,7 +152,7 @@ def _print_table(training: Training, rows: Sequence[Row], console: Console) -> s
 
 
 def _table(shown: Sequence[str], lines: Sequence[dict[str, str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table = plain_table()
     for name in shown:
         word = name in ("method", "backend")
         look = {"overflow": "fold"} if word else {"justify": "right", "no_wrap": True}

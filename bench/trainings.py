@@ -148,8 +148,7 @@ def utilisation(row: Row) -> float | None:
 def scaling(row: Row, rows: Iterable[Row]) -> Value | None:
     """Tokens/s over those of one process of the same cell times the number of processes.
 
-    One by the same recipe where there is one; of several, the last. The ends are as far apart as
-    those of the two can be.
+    One by the same recipe where there is one; of several, the last.
     """
     if row.world_size == 1 or not (own := tokens_per_s(row)):
         return None
@@ -159,8 +158,13 @@ def scaling(row: Row, rows: Iterable[Row]) -> Value | None:
     if single is None:
         return None
     alone = Value(*(rate and row.world_size * rate for rate in tokens_per_s(single)))
-    ends = (own.low, alone.high), (own.high, alone.low)
-    return Value(own.y / alone.y, *(x / y if x and y else None for x, y in ends))
+    return quotient(own, alone)
+
+
+def quotient(a: Value, b: Value) -> Value:
+    """A over B; its ends are as far apart as those of the two can be."""
+    ends = (a.low, b.high), (a.high, b.low)
+    return Value(a.y / b.y, *(x / y if x and y else None for x, y in ends))
 
 
 class Fall(NamedTuple):

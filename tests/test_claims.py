@@ -234,9 +234,10 @@ def timed_by_the_device():
 
 
 def test_two_runs_of_a_cell_are_nearer_than_what_compare_takes_for_a_difference():
-    apart = host_spread(sweeps(H200))
+    rows = sweeps(H200)
+    apart = host_spread(rows)
     assert len(apart) > 250 and max(apart) < APART_ON_HOST
-    below, at_cap = (device_spread(sweeps(H200))[capped] for capped in (False, True))
+    below, at_cap = map(device_spread(rows).get, (False, True))
     assert len(below) > 200 and max(below) < 1.03  # which its legend says
     assert len(at_cap) > 90 and max(at_cap) < APART_AT_CAP
 
