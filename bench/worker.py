@@ -232,10 +232,11 @@ def _serve(connection: Connection, device: str, ceilings: bool) -> None:
     timing.use_side_stream(on)
     highest = measure_ceilings(on) if ceilings else None
     machine = Machine(environment(on), highest, chip.reader(on))
-    # What was imported stays: a garbage collection need not look at it, least of all in a sample.
-    gc.freeze()
     connection.send(("ready", {}, machine.env))
     while True:
+        # What was imported and compiled stays: a garbage collection need not look at it, least of
+        # all in a sample.
+        gc.freeze()
         try:
             group = connection.recv()
         except (EOFError, ConnectionResetError):

@@ -33,7 +33,7 @@ PEERS = f"standard longformer bigbird {MODES}"
 SWEEP, TRAIN, PROFILE = (f"run_bench.py {name}" for name in ("sweep", "train", "profile"))
 PAIR = f"torchrun --nproc-per-node 2 -- {TRAIN}"
 CELLS = f"{SWEEP} --methods {FIVE} --backends flex --phases fwd_bwd --seconds 0.5"
-WHOLE = f"{CELLS} --seq-len {LENGTHS} --heads 8 16 32 --head-dim 64 128"
+WHOLE = f"{CELLS} --rounds 8 --seq-len {LENGTHS} --heads 8 16 32 --head-dim 64 128"
 ROUNDS = (
     f"{SWEEP} --methods {' '.join(f'reformer:n_rounds={x}' for x in (1, 2, 4, 8))} "
     "--backends flex --phases prepare fwd fwd_bwd"
