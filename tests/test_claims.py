@@ -239,7 +239,7 @@ def test_two_runs_of_a_cell_are_nearer_than_what_compare_takes_for_a_difference(
     assert len(apart) > 250 and max(apart) < APART_ON_HOST
     below, at_cap = map(device_spread(rows).get, (False, True))
     assert len(below) > 200 and max(below) < 1.03  # which its legend says
-    assert len(at_cap) > 90 and max(at_cap) < APART_AT_CAP
+    assert len(at_cap) > 80 and max(at_cap) < APART_AT_CAP
 
 
 def test_no_committed_time_is_beyond_the_chip():
