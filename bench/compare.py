@@ -17,11 +17,11 @@ from rich.text import Text
 from bench import derived
 from bench.chip import POWER_CAP, SHARED_CORES
 from bench.derived import Board, Cell
+from bench.notes import PHASE_NAMES
 from bench.record import STEP, Environment, Row, read_rows
 from bench.report import (
     METHOD_WIDTH,
     NOTHING,
-    PHASE_NAMES,
     fits,
     plain_table,
     problem_title,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -209,3 +210,11 @@ def cell_of(row: Row) -> Cell:
 
 def _ratio(over: float | None, under: float | None) -> float | None:
     return over / under if over is not None and under else None
+
+
+def labels(cells: Sequence[Cell]) -> list[str]:
+    """Names alone where a method has one set of parameters (a note gives them), else both."""
+    variants = defaultdict(set)
+    for cell in cells:
+        variants[cell.method].add(cell.params)
+    return [cell.label if len(variants[cell.method]) > 1 else cell.method for cell in cells]

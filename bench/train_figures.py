@@ -10,10 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from bench.derived import BASELINE, Cell
+from bench.derived import BASELINE, Cell, labels
 from bench.figures import Value, doubling_axis, draw_series, factor_scale, log_scale
 from bench.record import Row
-from bench.report import labels
 from bench.step_attention import IDENTITY
 from bench.style import Style, save, styles
 from bench.train_report import title
