@@ -16,6 +16,7 @@ from bench.readme_proofs import faults, proofs, sweeps
 from bench.readme_speeds import (
     INTERVALS,
     answer,
+    by_heads,
     clocks,
     fastest,
     headline_markdown,
@@ -41,16 +42,11 @@ NOTED = "reference, `flex`: times as fast"
 def sections() -> dict[str, Callable[[], str]]:
     """What stands between each pair of marks of the pages, by the results that there are."""
     found = {
-        "gpu": lambda: headline_markdown(
-            _with_rivals(_rows("h200/lengths"), _rows("h200/backends")),
-            backend="flex",
-            clock="device",
-            q_heads=8,
-            head_dim=128,
-        ),
+        "gpu": _headline,
         "answer": lambda: answer(_rows("h200/lengths"), _rows("h200/backends"), _sweeps()),
         "point": lambda: clocks(_point_rows()),
         "fastest": lambda: fastest(_rows("h200/backends")),
+        "heads": lambda: by_heads(_rows("h200/heads")),
         "fastest-all": lambda: fastest(_rows("h200/paper_speeds")),
         "targets": lambda: targets(_rows("h200/backends")),
         "profile-varlen": lambda: profiles(_profile("varlen") + _profile("varlen_heads")),
@@ -93,6 +89,11 @@ def rendered(pages: Sequence[Path]) -> dict[Path, str]:
             raise ValueError(f"section {name!r} is marked on {len(own)} pages; it must be on one")
         texts[own[0]] = update_marked(texts[own[0]], name, body())
     return texts
+
+
+def _headline() -> str:
+    rows = _with_rivals(_rows("h200/lengths"), _rows("h200/backends"))
+    return headline_markdown(rows, backend="flex", clock="device", q_heads=8, head_dim=128)
 
 
 def _rows(name: str) -> list[Row]:

@@ -188,6 +188,23 @@ def clocks(rows: list[Row]) -> str:
     return "\n".join([*markdown(heads, lines, numbers=(2, 3, 4)), "", told])
 
 
+def by_heads(rows: list[Row]) -> str:
+    """Speed-ups on `flex`, and the time of `standard` there, by head dim, N and heads."""
+    found = [board for board in boards(rows) if board.head.clock == "device"]
+    found.sort(key=lambda board: (board.head.head_dim, board.head.seq_len, board.head.q_heads))
+    shapes = (board.head for board in found)
+    heads = [f"D = {x.head_dim}, N = {x.seq_len}, H = {x.q_heads}" for x in shapes]
+    lines = []
+    for cell in (cell for cell in found[0].cells if cell.backend == "flex"):
+        texts = []
+        for board in found:
+            us, gain = board.us(cell, "fwd_bwd"), board.over_same_backend(cell, "fwd_bwd")
+            own = us and f"{us / 1000:.2f} ms"
+            texts.append(own if cell.method == BASELINE else gain and f"{gain.value:.2f}x")
+        lines.append((f"`{cell.method}`", *(text or NOTHING for text in texts)))
+    return "\n".join(markdown(("method", *heads), lines))
+
+
 def fastest(rows: list[Row]) -> str:
     """The fastest backend of dense attention and of each method, and their ratio, by N."""
     found = [board for board in boards(rows) if board.head.clock == "device"]

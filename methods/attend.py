@@ -50,8 +50,7 @@ def attend(
 
     Args:
         q: [B, Hq, N, D].
-        k, v: [B, Hkv, N, D]; Hq is a multiple of Hkv. Where a method shares queries and keys, k
-            is q itself.
+        k, v: [B, Hkv, N, D], Hq a multiple of Hkv; k is q where a method shares queries and keys.
         method: a name in METHODS or a Method.
         causal: whether query i sees only keys j <= i.
         backend: a name in BACKENDS, or "auto": flex, but blockwise for float64, and on a CPU where

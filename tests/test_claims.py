@@ -114,6 +114,13 @@ def test_the_gate_takes_less_than_15_percent_of_a_sweep(name):
     assert 0 < seconds["gate"] < 0.15 * sum(seconds.values())
 
 
+def test_180_cells_from_empty_caches_take_less_than_4_minutes():
+    rows = read_rows(H200 / "sweep_cold.csv")
+    assert len({(row.problem, row.method) for row in rows}) == 180
+    assert {row.status for row in rows} == {"ok"}
+    assert sum(sweep_seconds(H200 / "sweep_cold.time.csv").values()) < 240
+
+
 def test_the_default_sweep_ends_within_5_minutes_and_has_the_papers_point():
     assert sum(sweep_seconds(H200 / "default.time.csv").values()) < 300
     rows = [row for row in read_rows(H200 / "default.csv") if row.problem == MICRO_BENCHMARK]
@@ -156,9 +163,12 @@ def test_block_lists_are_40_times_faster_and_1000_times_smaller_than_torchs():
     assert 0 < computed.error_budget <= 1
 
 
-def test_attend_costs_less_than_20_microseconds_beyond_its_kernel():
-    (line,) = records(H200 / "attend_cost.csv")
-    assert 0 < float(line["beyond_us"]) < 20
+def test_attend_costs_less_than_20_microseconds_beyond_its_kernel_alone_on_a_machine():
+    """And no larger a part of a call beside other work, where all calls take longer."""
+    alone, beside = records(H200 / "attend_cost.csv")
+    assert 0 < float(alone["beyond_us"]) < 20
+    shares = [float(x["beyond_us"]) / float(x["compiled_us"]) for x in (alone, beside)]
+    assert max(shares) < 0.22
 
 
 def test_the_matrix_is_whole_and_right():

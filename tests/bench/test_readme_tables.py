@@ -11,7 +11,7 @@ from bench import readme
 from bench.profile import BETWEEN, Line
 from bench.readme import RESULTS, _references, _with_rivals, sections
 from bench.readme_proofs import kill_proofs, proofs
-from bench.readme_speeds import TARGETS, WIDTH, fastest, profiles, targets, waited
+from bench.readme_speeds import TARGETS, WIDTH, by_heads, fastest, profiles, targets, waited
 from bench.record import Store
 from tests.bench.rows import make_row
 from tests.bench.training import table2_step as step
@@ -237,6 +237,24 @@ def sampled(method, backend, samples, **changes):
         method=method, backend=backend, median_us=middle, seq_len=1024, **changes,
         samples_us=";".join(map(str, samples)), rounds=";".join(map(str, range(len(samples)))),
     )  # fmt: skip
+
+
+def test_speed_ups_by_heads_and_head_dim():
+    rows = []
+    for heads, dim, dense, own in (
+        (16, 64, 500.0, 100.0),
+        (8, 128, 400.0, None),
+        (8, 64, 300.0, 75.0),
+    ):
+        shape = {"q_heads": heads, "head_dim": dim, "seq_len": 4096}
+        rows += both_clocks(dense, 900.0, method="standard", **shape)
+        rows += both_clocks(own, 900.0, status="ok" if own else "oom", **shape)
+    lines = by_heads(rows).splitlines()
+    order = "D = 64, N = 4096, H = 8 | D = 64, N = 4096, H = 16 | D = 128, N = 4096, H = 8"
+    assert lines[0] == f"| method | {order} |"
+    assert lines[2:] == [
+        "| `standard` | 0.30 ms | 0.50 ms | 0.40 ms |", "| `spattention` | 4.00x | 5.00x | - |"
+    ]  # fmt: skip
 
 
 def test_backends_that_samples_do_not_tell_apart_share_the_first_place():

@@ -1,6 +1,7 @@
 """The commands behind results/h200: each is one that the suite takes, and of what its file has."""
 
 import csv
+import itertools
 import sys
 from pathlib import Path
 
@@ -59,9 +60,33 @@ def test_a_committed_file_has_nothing_that_its_commands_do_not_ask_for(name):
 # What the README says is not measured yet: method, backend, N, processes.
 STAND_INS = "mehc_longformer", "mehc_bigbird", "mehc_reformer"
 UNMEASURED = {
-    "train_table2": {(name, "flash", 1024, 1) for name in STAND_INS},
+    "train_table2": {
+        *((name, "flash", 1024, 1) for name in STAND_INS), ("identity", "identity", 8192, 2),
+    },
     "train_paper": {(name, where, 1024, 1) for name in STAND_INS for where in ("flex", "eager")},
 }  # fmt: skip
+
+
+CELL_AXES = "seq_len", "heads", "head_dim", "dtype", "phases"
+ON_A_GPU = {"seq_len": (1024, 4096, 16384), "head_dim": (128,), "dtype": ("bfloat16",)}
+SWEEPS = [x for x in FILES if COMMANDS[x][0].startswith(SWEEP)]
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_committed_sweep_has_every_cell_that_its_commands_ask_for(name):
+    """On the backends that it had: `default` and others ran without flash-attn-4."""
+    rows = read_rows(H200 / f"{name}.csv")
+    had = {row.backend for row in rows}
+    asked = set()
+    for request in requests(name):
+        specs = (*request.methods, *(["standard"] if request.baseline else []))
+        for method in map(parse_method, specs):
+            able = [x for x in request.backends or had if BACKENDS[x].computes(method)]
+            axes = [getattr(request, x) or ON_A_GPU[x] for x in CELL_AXES]
+            asked |= {(method.name, *cell) for cell in itertools.product(able, *axes)}
+    columns = "method", "backend", *(AXES[x] for x in CELL_AXES)
+    found = {tuple(getattr(row, x) for x in columns) for row in rows}
+    assert asked and asked <= found
 
 
 @pytest.mark.parametrize("name", [x for x in FILES if x.startswith("train_")])
@@ -69,13 +94,14 @@ def test_a_committed_training_lacks_nothing_but_what_the_readme_says(name):
     asked = set()
     for command, request in zip(COMMANDS[name], requests(name), strict=True):
         specs = (*request.methods, *(["standard"] if request.baseline else []))
-        asked |= {
-            (method.name, backend, n, 2 if command.startswith("torchrun") else 1)
+        cells = {
+            (method.name, backend)
             for method in map(parse_method, specs)
             for backend in request.backends
-            for n in request.seq_len
             if BACKENDS[backend].computes(method)
-        }
+        } | {("identity", "identity")}
+        processes = 2 if command.startswith("torchrun") else 1
+        asked |= {(*cell, n, processes) for cell in cells for n in request.seq_len}
     steps = [row for row in read_rows(H200 / f"{name}.csv") if row.phase == "step"]
     found = {(row.method, row.backend, row.seq_len, row.world_size) for row in steps}
     assert asked - found == UNMEASURED.get(name, set())
