@@ -109,28 +109,22 @@ def _surely_above_1(board: Board, cell: Cell, efficiency: Gain) -> bool:
 def _disturbed(board: Board) -> Iterator[Text]:
     """What was not quiet while the cells were measured, and what to do about it."""
     rows = [row for c in board.cells for x in PHASE_NAMES if (row := board.row(c, x)) is not None]
-    discarded = sum(row.discarded for row in rows)
-    if discarded:
-        yield Text(
-            f"warning: {discarded} samples were discarded, since the chip was slowed down from "
-            "outside (heat or power supply): let it cool, or use another one, and measure again.",
-            style="yellow",
-        )
     wide = sum(row.median_us is not None and half_width(row) > WIDE for row in rows)
-    if wide:
-        yield Text(
-            f"warning: {wide} medians are known to worse than {WIDE:.0%}: end other work on the "
-            "machine, or take longer (--seconds).",
-            style="yellow",
-        )
-    shared = sum(SHARED_CORES in (row.throttled or "") for row in rows)
-    if shared:
-        yield Text(
-            f"warning: {shared} rows were sampled while others were at work on the same cores, "
-            "which can make a call many times too slow: end them, and measure again.",
-            style="yellow",
-        )
-    capped = sum(POWER_CAP in (row.throttled or "") for row in rows)
+    shared, capped = (
+        sum(what in (row.throttled or "") for row in rows) for what in (SHARED_CORES, POWER_CAP)
+    )
+    warnings = {
+        "samples were discarded, since the chip was slowed down from outside (heat or power "
+        "supply): let it cool, or use another one, and measure again.":
+            sum(row.discarded for row in rows),
+        f"medians are known to worse than {WIDE:.0%}: end other work on the machine, or take "
+        "longer (--seconds).": wide,
+        "rows were sampled while others were at work on the same cores, which can make a call "
+        "many times too slow: end them, and measure again.": shared,
+    }  # fmt: skip
+    for text, count in warnings.items():
+        if count:
+            yield Text(f"warning: {count} {text}", style="yellow")
     if capped:
         yield Text(
             f"{capped} rows met the chip's power cap, which is normal in large dense cells.",
