@@ -97,9 +97,11 @@ class _Cores:
 
     def __init__(self) -> None:
         self.cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-        self.before, self.reasons = self._spent(), ()
+        self.before, self.reasons = None, ()
 
     def read(self) -> Reading:
+        if self.before is None:  # until the first sample others were compiling for this process
+            self.before = self._spent()
         wall, busy, own = (b - a for a, b in zip(self.before, self._spent(), strict=True))
         if wall >= LOOKED_BACK:
             shared = busy - own > OTHERS * wall * len(self.cores)

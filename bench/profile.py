@@ -192,7 +192,7 @@ def kernels_of(sampler: timing.Replay | timing.Span) -> tuple[Counter[str], Coun
 
 def is_profile(path: Path) -> bool:
     """Whether a file is a profile's, rather than a sweep's."""
-    with path.open() as file:
+    with path.open(errors="replace") as file:  # it may be anything
         return file.readline().strip().split(",") == [field.name for field in fields(Line)]
 
 

@@ -98,6 +98,7 @@ def cores(monkeypatch):
 )
 def test_others_on_the_cores_of_a_cpu_are_told(cores, spent, reasons):
     read = chip.reader(torch.device("cpu"))
+    read()
     vars(cores).update(spent, wall=1.0)
     assert read() == chip.Reading(None, None, None, reasons)
     assert not read().slowed  # it is told; where it never ends there would be no sample
@@ -105,6 +106,7 @@ def test_others_on_the_cores_of_a_cpu_are_told(cores, spent, reasons):
 
 def test_the_cores_are_looked_at_over_half_a_second(cores):
     read = chip.reader(torch.device("cpu"))
+    read()
     cores.wall, cores.busy = 0.4, 0.4
     assert read().reasons == ()
     cores.wall, cores.busy = 0.6, 0.6
@@ -113,6 +115,15 @@ def test_the_cores_are_looked_at_over_half_a_second(cores):
     assert read().reasons == (chip.SHARED_CORES,)
     cores.wall = 1.2
     assert read().reasons == ()
+
+
+def test_who_worked_before_the_first_sample_is_no_matter(cores):
+    """Processes of a sweep's own compile on all cores then."""
+    read = chip.reader(torch.device("cpu"))
+    cores.wall, cores.busy = 60.0, 120.0
+    assert read().reasons == ()
+    cores.wall, cores.busy = 61.0, 121.0
+    assert read().reasons == (chip.SHARED_CORES,)
 
 
 def test_a_cpu_that_tells_nothing_is_none(monkeypatch, tmp_path):
