@@ -111,6 +111,6 @@ def _module(path: Path, changed: int) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
-    except AUTHOR_ERRORS as error:
+    except (*AUTHOR_ERRORS, SystemExit) as error:
         raise ValueError(f"method file {path}: {type(error).__name__}: {error}") from None
     return module

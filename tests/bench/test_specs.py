@@ -100,6 +100,7 @@ def test_a_file_beside_it_takes_no_preset_s_name(tmp_path, monkeypatch):
     [
         ("def (", "SyntaxError"),
         ("import no_such_module_at_all", "ModuleNotFoundError"),
+        ("raise SystemExit(5)", "SystemExit: 5"),
         (MINE.replace('"every"', '"standard"'), "is a preset's name"),
         (MINE.replace("@dataclass(frozen=True)", ""), "frozen dataclass"),
     ],
