@@ -17,16 +17,9 @@ from rich.text import Text
 from bench import derived
 from bench.chip import POWER_CAP, SHARED_CORES
 from bench.derived import Board, Cell
-from bench.notes import PHASE_NAMES
+from bench.notes import NOTHING, PHASE_NAMES
 from bench.record import STEP, Environment, Row, read_rows
-from bench.report import (
-    METHOD_WIDTH,
-    NOTHING,
-    fits,
-    plain_table,
-    problem_title,
-    quantity,
-)
+from bench.report import METHOD_WIDTH, fits, plain_table, problem_title, quantity
 from bench.stats import FEW, Ratio
 from bench.trainings import SPLIT, missed, tokens_per_s
 

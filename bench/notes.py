@@ -11,11 +11,12 @@ from bench.chip import POWER_CAP, SHARED_CORES
 from bench.derived import BASELINE, Board, Cell, Gain, compare, labels
 from bench.record import Row
 
+NOTHING = "-"  # where a table has no figure
 PHASE_NAMES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
 WIDE = 0.05  # from here on an interval, to its farther side, deserves a word
 STYLES = {
     "mismatch": "bold red", "crash": "bold red", "oom": "yellow", "timeout": "yellow",
-    "unsupported": "dim", "-": "dim",
+    "unsupported": "dim", NOTHING: "dim",
 }  # fmt: skip
 
 

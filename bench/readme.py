@@ -10,6 +10,7 @@ from pathlib import Path
 from bench import report
 from bench.complexity import Complexity
 from bench.derived import BASELINE, cell_of, compare, in_order
+from bench.notes import NOTHING
 from bench.paper import MICRO_BENCHMARK
 from bench.profile import Line, read_profile
 from bench.readme_proofs import faults, proofs, sweeps
@@ -136,7 +137,7 @@ def _methods() -> str:
     for name, method in METHODS.items():
         about = (type(method).__doc__ or "").splitlines()[0].rstrip(".")
         about = about.replace("|", "\\|")  # as in |i - j|, which would end the column
-        share = report.NOTHING if empty[name] is None else f"{empty[name] / math.prod(size):.1%}"
+        share = NOTHING if empty[name] is None else f"{empty[name] / math.prod(size):.1%}"
         lines.append((f"`{name}`", about, share, method.paper))
     heads = ("method", "what query i sees", "rows without a key", "source")
     told = "Rows without a key: of the (head, query) at N = {}, {} heads, causal. ".format(*size)
@@ -214,8 +215,8 @@ def _over_reference(theirs: Sequence[Row], own: Sequence[Row]) -> str:
             return f"{_ms(rival.median_us)}, {_ms(row.median_us)}{told}: {ratio}{mark}"
     rival, row = (_status(rows) for rows in (theirs, own))
     if rival == row == "ok":
-        return report.NOTHING  # no blocks that both were timed with
-    return rival if row == "ok" or rival == report.NOTHING else f"{rival} : {row}"
+        return NOTHING  # no blocks that both were timed with
+    return rival if row == "ok" or rival == NOTHING else f"{rival} : {row}"
 
 
 def _timed(rows: Sequence[Row], clock: str) -> dict[tuple[int, int], Row]:
@@ -227,7 +228,7 @@ def _timed(rows: Sequence[Row], clock: str) -> dict[tuple[int, int], Row]:
 def _status(rows: Sequence[Row]) -> str:
     """By the host clock, which every call has."""
     found = [row.status for row in rows if row.clock == "host"]
-    return "ok" if "ok" in found else next(iter(found), report.NOTHING)
+    return "ok" if "ok" in found else next(iter(found), NOTHING)
 
 
 def _ms(us: float) -> str:

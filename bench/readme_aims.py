@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from bench.figures import Value
-from bench.report import NOTHING, quantity
+from bench.notes import NOTHING
+from bench.report import quantity
 from bench.tables import markdown
 from bench.trainings import Training, quotient, tokens_per_s
 
@@ -23,7 +24,8 @@ PROTOTYPE = {
 PROTOTYPE_TOKENS = 32768
 # What `spattention` was to reach at this N: over the fastest dense step, and of Amdahl's figure.
 AIM_LENGTH, AIM_SPEEDUP, AIM_OF_AMDAHL = 32768, 2.2, 0.95
-REACHED, UNSURE = "reached", "neither reached nor missed for certain"
+REACHED, MISSED = "reached", "missed"
+UNSURE = "neither reached nor missed for certain"
 
 
 def aims(found: Sequence[Training]) -> Iterator[str]:
@@ -52,7 +54,7 @@ def aims(found: Sequence[Training]) -> Iterator[str]:
 
 
 def _missed(taken: Mapping[int, Training]) -> str:
-    """What no backend reached of the prototype's tokens/s."""
+    """What no backend reached of the prototype's tokens/s, or not for certain."""
     most = {}
     for (method, _, n), aim in PROTOTYPE.items():
         most[method, n] = max(aim, most.get((method, n), 0))
@@ -61,12 +63,8 @@ def _missed(taken: Mapping[int, Training]) -> str:
         if n in taken and (best := taken[n].best(method, None)):
             verdict = _verdict(tokens_per_s(taken[n].rows[best]), aim)
             judged.setdefault(verdict, []).append(f"`{method}` at N = {n}")
-    found = {
-        f"{verdict} on any backend" if verdict == UNSURE else f"{verdict} on every backend": names
-        for verdict, names in judged.items()
-        if verdict != REACHED
-    }
-    told = [f"{what[0].upper()}{what[1:]}: {', '.join(names)}." for what, names in found.items()]
+    texts = {UNSURE: f"{UNSURE} on any backend", MISSED: f"{MISSED} on every backend"}
+    told = (f"{x.capitalize()}: {', '.join(judged[y])}." for y, x in texts.items() if y in judged)
     return " ".join(told) or "All are reached."
 
 
@@ -110,4 +108,4 @@ def _between(value: Value) -> str:
 def _verdict(value: Value, aim: float) -> str:
     if (value.low or value.y) >= aim:
         return REACHED
-    return "missed" if (value.high or value.y) < aim else UNSURE
+    return MISSED if (value.high or value.y) < aim else UNSURE

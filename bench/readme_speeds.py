@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from bench.backends import BACKENDS
 from bench.compare import LIMIT
 from bench.derived import BASELINE, Board, Cell, boards, compare, in_order, labels
+from bench.notes import NOTHING
 from bench.paper import MICRO_BENCHMARK
 from bench.profile import BETWEEN, OTHERS, Line, calls, shown
 from bench.record import CLOCKS, Row
-from bench.report import NOTHING, problem_title, quantity
+from bench.report import problem_title, quantity
 from bench.tables import markdown
 from methods import METHODS
 

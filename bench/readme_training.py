@@ -8,11 +8,12 @@ from pathlib import Path
 from bench import paper
 from bench.derived import BASELINE, Cell, in_order, labels
 from bench.docstrings import Source
+from bench.notes import NOTHING
 from bench.paper_speeds import EAGER, TABLE_2_MODEL, UNCOMPILED_MODEL
 from bench.readme_aims import aims
 from bench.readme_speeds import INTERVALS, WIDE, times
 from bench.record import Row
-from bench.report import NOTHING, quantity
+from bench.report import quantity
 from bench.step_attention import IDENTITY
 from bench.tables import markdown, read_table
 from bench.train_figures import figure_name

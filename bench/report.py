@@ -14,10 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.derived import Board, Cell, Gain, boards, labels, problem_of
-from bench.notes import PHASE_NAMES, half_width, notes, styled
+from bench.notes import NOTHING, PHASE_NAMES, half_width, notes, styled
 from bench.record import STEP, Row
 
-NOTHING = "-"
 METHOD_WIDTH = 34
 LEGEND = (
     "Times are medians, ± the farther end of the 99 % interval. Speed-ups (x) are over "

@@ -11,9 +11,9 @@ from rich.text import Text
 from bench.compare import LIMIT
 from bench.derived import BASELINE, Cell, labels
 from bench.figures import Value
-from bench.notes import WIDE
+from bench.notes import NOTHING, WIDE
 from bench.record import Row
-from bench.report import METHOD_WIDTH, NOTHING, fits, plain_table
+from bench.report import METHOD_WIDTH, fits, plain_table
 from bench.step_attention import IDENTITY
 from bench.trainings import (
     SPLIT,

@@ -32,6 +32,17 @@ def requests(name):
         yield _parse(words[start:])
 
 
+def cells_of(request, backends):
+    """Names of the methods that are asked for, and those of the backends that compute each."""
+    specs = (*request.methods, *(["standard"] if request.baseline else []))
+    return {
+        (method.name, backend)
+        for method in map(parse_method, specs)
+        for backend in backends
+        if BACKENDS[backend].computes(method)
+    }
+
+
 @pytest.mark.parametrize("name", [x for x in COMMANDS if "-m " not in COMMANDS[x][0]])
 def test_the_suite_takes_every_command(name):
     for request in requests(name):
@@ -79,11 +90,9 @@ def test_a_committed_sweep_has_every_cell_that_its_commands_ask_for(name):
     had = {row.backend for row in rows}
     asked = set()
     for request in requests(name):
-        specs = (*request.methods, *(["standard"] if request.baseline else []))
-        for method in map(parse_method, specs):
-            able = [x for x in request.backends or had if BACKENDS[x].computes(method)]
-            axes = [getattr(request, x) or ON_A_GPU[x] for x in CELL_AXES]
-            asked |= {(method.name, *cell) for cell in itertools.product(able, *axes)}
+        axes = [getattr(request, x) or ON_A_GPU[x] for x in CELL_AXES]
+        cells = itertools.product(cells_of(request, request.backends or had), *axes)
+        asked |= {(*cell, *place) for cell, *place in cells}
     columns = "method", "backend", *(AXES[x] for x in CELL_AXES)
     found = {tuple(getattr(row, x) for x in columns) for row in rows}
     assert asked and asked <= found
@@ -93,13 +102,7 @@ def test_a_committed_sweep_has_every_cell_that_its_commands_ask_for(name):
 def test_a_committed_training_lacks_nothing_but_what_the_readme_says(name):
     asked = set()
     for command, request in zip(COMMANDS[name], requests(name), strict=True):
-        specs = (*request.methods, *(["standard"] if request.baseline else []))
-        cells = {
-            (method.name, backend)
-            for method in map(parse_method, specs)
-            for backend in request.backends
-            if BACKENDS[backend].computes(method)
-        } | {("identity", "identity")}
+        cells = cells_of(request, request.backends) | {("identity", "identity")}
         processes = 2 if command.startswith("torchrun") else 1
         asked |= {(*cell, n, processes) for cell in cells for n in request.seq_len}
     steps = [row for row in read_rows(H200 / f"{name}.csv") if row.phase == "step"]
