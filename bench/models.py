@@ -19,6 +19,7 @@ from bench.derived import FLOPS_PER_PAIR
 from bench.failures import one_line
 from bench.step_attention import Call, StepAttention
 from bench.text import digest
+from methods.compiled import INDUCTOR
 
 VOCABULARY = 50304
 ROTARY_BASE = 10000.0
@@ -312,10 +313,10 @@ def compile_model(model: LanguageModel, attention: StepAttention) -> None:
     Only `forward` is compiled, so that hooks which gather and shard weights stay outside. Where
     attention is not inlined it stands between two graphs of a layer.
     """
+    compiled = partial(torch.compile, dynamic=False, options=INDUCTOR)
     for layer in model.layers:
-        compiled = torch.compile(layer.forward, fullgraph=attention.inlined, dynamic=False)
-        layer.forward = compiled
-    model.loss = torch.compile(next_token_loss, fullgraph=True, dynamic=False)
+        layer.forward = compiled(layer.forward, fullgraph=attention.inlined)
+    model.loss = compiled(next_token_loss, fullgraph=True)
 
 
 def recompute_layers(model: LanguageModel) -> None:

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Inductor gives some buffers of 1024 elements a row and more a stride that suits the chip, and can
+# then read by that stride what it wrote by another: wrong values, without a word
+# (pytorch/pytorch#194281; here a softmax over rounds, N = 1100).
+INDUCTOR = {"comprehensive_padding": False}
 _serial = itertools.count()
 
 
@@ -22,7 +26,7 @@ def compiled_copy(function: types.FunctionType) -> Callable:
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     copy = types.FunctionType(code, function.__globals__, code.co_name)
-    return torch.compile(copy, fullgraph=True, dynamic=False)
+    return torch.compile(copy, fullgraph=True, dynamic=False, options=INDUCTOR)
 
 
 def fused(function: Callable, *given: Any) -> Any:

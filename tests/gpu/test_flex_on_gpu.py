@@ -8,7 +8,7 @@ from bench.backends import BACKENDS
 from bench.gate import Gate
 from methods import METHODS, Problem, attend, block_mask
 from methods.reformer import Reformer
-from tests.gpu.matrix import SHAPES, gated, line, matrix, one, sound
+from tests.gpu.matrix import gated, line, matrix, one, sound
 
 pytestmark = pytest.mark.gpu
 
@@ -16,8 +16,8 @@ BOTH_WAYS = [name for name in METHODS if not name.startswith("mehc_")]  # causal
 
 
 def test_every_preset_is_right_or_says_why():
-    """Ragged N and grouped heads: a part of `make matrix`, and what is not causal."""
-    ragged = SHAPES[1:]
+    """As `make matrix`, in part, of rows so long that Inductor may pad them; also not causal."""
+    ragged = [(1100, 2)]
     work = [
         *matrix(METHODS, ("bfloat16", "float32"), (64, 192), ragged),
         *matrix(BOTH_WAYS, ("float16",), (64,), ragged, causal=False),
