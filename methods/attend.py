@@ -40,7 +40,6 @@ class _Route(NamedTuple):
     refuses_leaves: bool  # tensors that want a gradient, even under no_grad
 
 
-@torch.compiler.disable  # it compiles for static shapes, whatever the model around it does
 def attend(
     q: Tensor, k: Tensor, v: Tensor, method: str | Method = "spattention", causal: bool = True,
     backend: str = "auto", global_tokens: Tensor | None = None,
@@ -66,20 +65,30 @@ def attend(
     Raises:
         ValueError: what was given does not go together; one line says what is allowed.
     """
+    if torch.compiler.is_compiling():
+        return _apart(q, k, v, method, causal, backend, global_tokens, global_qkv, state)
+    if type(causal) is not bool:  # to a cache 1 is True
+        Problem(causal=causal)  # says what is allowed
     given = (q, k, v) if global_qkv is None else _with_own(q, k, v, global_qkv)
-    leaves = _checked(given, causal, backend)
+    kinds, leaves = _kinds(given)
     if type(method) is str:
         method = METHODS.get(method, method)
     own = None if global_tokens is None and len(given) == 3 else global_tokens is not None
-    kind = q.shape, k.shape, v.shape, q.dtype, q.device, leaves and torch.is_grad_enabled()
+    wants_grad = leaves and torch.is_grad_enabled()
     try:
-        route = _route(method, kind, k is q, causal, backend, own)
+        route = _route(method, kinds, wants_grad, k is q, causal, backend, own)
     except TypeError:  # of a method that cannot be hashed, above all
+        _check_backend(backend)
         resolve(method)
         raise
     if leaves and route.refuses_leaves:
         given = tuple(x.detach() for x in given)
     return _run(route, given, global_tokens, own, state)
+
+
+# It compiles for static shapes, whatever the model around it does. No decorator: it would take a
+# tenth of what a call costs beyond what is compiled.
+_apart = torch.compiler.disable(attend)
 
 
 def _with_own(q: Any, k: Any, v: Any, global_qkv: Any) -> tuple[Any, ...]:
@@ -90,26 +99,22 @@ def _with_own(q: Any, k: Any, v: Any, global_qkv: Any) -> tuple[Any, ...]:
     return given
 
 
-def _checked(given: tuple[Any, ...], causal: Any, backend: Any) -> bool:
-    """Whether any tensor wants a gradient, once all are tensors of one dtype on one device.
+def _kinds(given: tuple[Any, ...]) -> tuple[tuple, bool]:
+    """Shape, dtype and device of each tensor, and whether any wants a gradient."""
+    kinds, leaves = (), False
+    try:
+        for x in given:
+            kinds += x.shape, x.dtype, x.device
+            leaves = leaves or x.requires_grad
+    except AttributeError:
+        _refuse_kinds(given)
+        raise
+    return kinds, leaves
 
-    Of the rest what a cache would let pass: to it 1 is True.
-    """
-    if type(causal) is not bool:
-        Problem(causal=causal)  # says what is allowed
+
+def _check_backend(backend: Any) -> None:
     if backend not in _ROUTES:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(_ROUTES)}")
-    leaves, dtype, device = False, None, None
-    for x in given:
-        if not isinstance(x, Tensor):
-            _refuse_kinds(given)
-        if dtype is None:
-            dtype, device = x.dtype, x.device
-        elif x.dtype is not dtype or x.device != device:
-            kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
-            raise ValueError(f"tensors differ in dtype or device: {kinds}; all must be as q")
-        leaves = leaves or x.requires_grad
-    return leaves
 
 
 def _refuse_kinds(given: tuple[Any, ...]) -> None:
@@ -136,16 +141,23 @@ def _run(
 
 @lru_cache(maxsize=256)
 def _route(
-    method: str | Method, kind: tuple, tied: bool, causal: bool, backend: str, own: bool | None
-) -> _Route:
-    """How calls of one kind are run.
+    method: str | Method, kinds: tuple, wants_grad: bool, tied: bool, causal: bool, backend: str,
+    own: bool | None,
+) -> _Route:  # fmt: skip
+    """How calls of one kind are run, once they are found to be right.
 
     Args:
-        kind: shapes of q, k and v, their dtype and device, and whether a gradient is asked for.
+        kinds: shape, dtype and device of each tensor, one after the other.
+        wants_grad: whether a gradient is asked for.
         tied: whether k is q.
         own: None, or that the caller gives global tokens (True) or their projections alone.
     """
-    method, (*shapes, dtype, device, wants_grad) = resolve(method), kind
+    _check_backend(backend)
+    shapes, dtypes, devices = kinds[::3], kinds[1::3], kinds[2::3]
+    if len({*dtypes}) > 1 or len({*devices}) > 1:
+        told = ", ".join(f"{x} on {device}" for x, device in zip(dtypes, devices, strict=True))
+        raise ValueError(f"tensors differ in dtype or device: {told}; all must be as q")
+    method, dtype, device = resolve(method), dtypes[0], devices[0]
     if device.type == "meta":
         raise ValueError("q, k, v are on meta, without elements; give tensors on cpu or cuda")
     if method.shared_qk and not tied:
@@ -155,7 +167,7 @@ def _route(
         if backend == "varlen":
             raise ValueError("backend 'varlen' takes no global_tokens and no global_qkv")
         method = _with_globals(method, own)
-    p, on_gpu = _problem(shapes, dtype, causal), device.type == "cuda"
+    p, on_gpu = _problem(shapes[:3], dtype, causal), device.type == "cuda"
     run = _cached_plan(method, p, device, backend)
     return _Route(run, device.type, backend in ("flex", "eager") and not on_gpu)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,8 +88,7 @@ class Problem:
         return self.q_heads // self.kv_heads
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """What a kernel receives, and the way back to token order.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -84,7 +84,7 @@ class ResidueOrder(Method):
         to_q, to_kv, back = _moves(*self._key(p, q.device), p.group)
         moved = (q, to_q), (self.inner.keys(k), to_kv), (v, to_kv)  # keys() counts Hkv heads
         in_slots = super().layout(*(_take(x, to, heads) for x, to in moved), p, None, block_size)
-        return replace(in_slots, restore=lambda out, lse: _take(out, back, heads))
+        return in_slots._replace(restore=lambda out, lse: _take(out, back, heads))
 
 
 @kept(32)

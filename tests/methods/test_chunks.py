@@ -98,7 +98,7 @@ def test_compiled_flex_sees_the_same_slots_and_compiles_once() -> None:
         x, v = (t.detach() for t in operands(p, seed))
         layout = method.layout(x, x, v, p, method.prepare(x, x, p))
         expected, _ = blockwise(layout.q, layout.k, layout.v, layout.block_mask, layout.score_mod)
-        out, _ = compiled(replace(layout, needs_lse=False))
+        out, _ = compiled(layout._replace(needs_lse=False))
         torch.testing.assert_close(out, expected, atol=5e-6, rtol=0)
     assert counters["stats"]["unique_graphs"] == 1
 
