@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from bench.derived import Cell
 from bench.figures import Value
 from bench.notes import NOTHING
 from bench.report import quantity
+from bench.step_attention import IDENTITY
 from bench.tables import markdown
 from bench.trainings import Training, quotient, tokens_per_s
 
@@ -40,6 +42,7 @@ def aims(found: Sequence[Training]) -> Iterator[str]:
         for (method, kind, n), aim in PROTOTYPE.items()
         if n in taken
     ]
+    judged = _judged(taken)
     if lines:
         heads = ("method", "N", "prototype", "the same here", "fastest here")
         yield "\n".join(markdown(heads, lines, numbers=range(1, 5)))
@@ -47,25 +50,54 @@ def aims(found: Sequence[Training]) -> Iterator[str]:
             "Aimed at were at least the tokens/s of an earlier prototype of the same model on an "
             "H200 with torch 2.11, where it had several the fewest; in brackets what of them was "
             "reached, rounded down, on the same kind of backend and on the fastest of all. "
-            f"{_missed(taken)}"
+            f"{_missed(judged)}"
         )
+        missed = judged.get(MISSED, {}).items()
+        bounds = [x for (_, n), cell in missed if (x := _bounds(taken[n], cell))]
+        if bounds:
+            yield "\n".join(["Where the time of those that missed it goes:", "", *bounds])
     if AIM_LENGTH in taken and (text := _speedup_aim(taken[AIM_LENGTH])):
         yield text
 
 
-def _missed(taken: Mapping[int, Training]) -> str:
-    """What no backend reached of the prototype's tokens/s, or not for certain."""
+def _judged(taken: Mapping[int, Training]) -> dict[str, dict[tuple[str, int], Cell]]:
+    """By verdict, method and N: the fastest cell, held against the most that was aimed at."""
     most = {}
     for (method, _, n), aim in PROTOTYPE.items():
         most[method, n] = max(aim, most.get((method, n), 0))
-    judged: dict[str, list[str]] = {}
+    judged: dict[str, dict[tuple[str, int], Cell]] = {}
     for (method, n), aim in most.items():
         if n in taken and (best := taken[n].best(method, None)):
             verdict = _verdict(tokens_per_s(taken[n].rows[best]), aim)
-            judged.setdefault(verdict, []).append(f"`{method}` at N = {n}")
+            judged.setdefault(verdict, {})[method, n] = best
+    return judged
+
+
+def _missed(judged: Mapping[str, Mapping[tuple[str, int], Cell]]) -> str:
+    """What no backend reached of the prototype's tokens/s, or not for certain."""
     texts = {UNSURE: f"{UNSURE} on any backend", MISSED: f"{MISSED} on every backend"}
-    told = (f"{x.capitalize()}: {', '.join(judged[y])}." for y, x in texts.items() if y in judged)
+    told = (
+        f"{text.capitalize()}: {', '.join(f'`{m}` at N = {n}' for m, n in judged[verdict])}."
+        for verdict, text in texts.items() if verdict in judged
+    )  # fmt: skip
     return " ".join(told) or "All are reached."
+
+
+def _bounds(found: Training, cell: Cell) -> str | None:
+    """Where the time of a step goes, and what its products take at the chip's own rate."""
+    row, bare = found.rows[cell], found.rows.get(found.best(IDENTITY.name, None))
+    if not (row.attention_us and row.other_us and row.matmul_tflop_s and bare):
+        return None
+    products = bare.model_flops / row.matmul_tflop_s * 1e-6  # microseconds; all but attention's
+    took, attention, least = (
+        f"{us / 1e3:.1f}" for us in (row.median_us, row.attention_us, products)
+    )
+    capped = f"; {row.throttled}, SM clock {row.sm_mhz:.0f} MHz" if row.throttled else ""
+    return (
+        f"- `{cell.method}`, {cell.backend}, N = {row.seq_len}: {took} ms, of which attention is "
+        f"{attention}; products of the rest alone take {least} at the rate of a large one on that "
+        f"chip, {row.matmul_tflop_s:.0f} TFLOP/s{capped}"
+    )
 
 
 def _reached(found: Training, method: str, kind: str, aim: float) -> Iterator[str]:

@@ -259,6 +259,22 @@ def test_what_was_aimed_at_is_said_with_what_was_reached():
     )
 
 
+def test_of_a_step_that_missed_its_aim_it_is_said_where_its_time_goes():
+    size, chip = {"batch": 32, "seq_len": 1024}, {"matmul_tflop_s": 800.0}
+    bare = step("identity", "identity", 50_000.0, model_flops=32e12, **size, **chip)
+    split = {"attention_us": 4_400.0, "other_us": 57_900.0, **chip}
+    capped = {"throttled": "power cap 40/40", "sm_mhz": 1635.0}
+    missed = step("spattention", us=62_100.0, **split, **capped, **size)
+    fast = step(us=50_000.0, **split, **size)
+    _, _, told = aims(trainings([fast, missed, bare]))
+    assert told.splitlines()[2:] == [
+        "- `spattention`, flex, N = 1024: 62.1 ms, of which attention is 4.4; products of the "
+        "rest alone take 40.0 at the rate of a large one on that chip, 800 TFLOP/s; power cap "
+        "40/40, SM clock 1635 MHz"
+    ]
+    assert len(list(aims(trainings([fast, missed])))) == 2  # nothing says what products take
+
+
 @pytest.mark.parametrize(
     ("us", "verdict"),
     [
