@@ -226,7 +226,11 @@ class Bench:
         if fault := method.state_fault(q, k, self.p, state):
             prepared.refused |= {x: ("mismatch", fault) for x in wanted}
             return attention
-        prepared.facts["allowed_pairs"] = method.allowed_pairs(self.p, state)
+        pairs = prepared.facts["allowed_pairs"] = method.allowed_pairs(self.p, state)
+        if not pairs:
+            reason = "no query sees a key: the method allows no pair of them"
+            prepared.refused |= {x: ("mismatch", reason) for x in wanted}
+            return attention
         if backend.uses_blocks:
             layout = method.layout(q, k, v, self.p, state, self.group.block_size)
             prepared.kept = layout.block_mask, layout.score_mod

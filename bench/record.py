@@ -370,7 +370,10 @@ def _columns(header: bytes, path: Path) -> Sequence[str]:
     for columns in (COLUMNS, *_OLDER):
         if header.decode(errors="replace") == ",".join(columns):
             return columns
-    raise ValueError(f"{path}: not a results file of this version (its first line differs)")
+    raise ValueError(
+        f"{path}: its first line is not that of a results file of this version; sweep and train "
+        "write such files"
+    )
 
 
 def encode(value: Any) -> Any:

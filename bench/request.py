@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,8 +98,8 @@ def expand(request: Sweep) -> list[Group]:
         for kv, n, block in itertools.product(
             request.kv_heads or (heads,), request.seq_len, blocks
         ):
-            p = Problem(batch=batch, q_heads=heads, kv_heads=kv, seq_len=n, head_dim=dim,
-                        dtype=dtype, causal=causal)  # fmt: skip
+            p = _problem(batch=batch, q_heads=heads, kv_heads=kv, seq_len=n, head_dim=dim,
+                         dtype=dtype, causal=causal)  # fmt: skip
             groups.append(
                 Group(problem=p, block_size=block, cells=cells, phases=request.phases,
                       device=request.device, seed=request.seed, run=request.run,
@@ -106,6 +108,17 @@ def expand(request: Sweep) -> list[Group]:
     for spec in asked:
         _must_fit_one(spec, [group.problem for group in groups])
     return groups
+
+
+def _problem(**values: Any) -> Problem:
+    """What is wrong with it is said of the options that it was asked for by."""
+    try:
+        return Problem(**values)
+    except ValueError as error:
+        fields = re.compile("|".join(rf"\b{name}\b" for name in values))
+        flags = {"q_heads": "heads"}
+        told = fields.sub(lambda x: f"--{flags.get(x[0], x[0]).replace('_', '-')}", str(error))
+        raise ValueError(told) from None
 
 
 def _must_fit_one(spec: str, problems: Sequence[Problem]) -> None:
@@ -219,9 +232,14 @@ def _default_backends(device: torch.device) -> tuple[str, ...]:
 
 
 def left_out(request: Sweep) -> str | None:
-    """The fast backends that a sweep of all would have and this machine lacks, and why."""
+    """Named backends that compute no method; or those of all that this machine lacks, and why."""
+    if request.backends:
+        methods = [parse_method(spec) for spec in (BASELINE, *request.methods)]
+        methods = methods[not request.baseline :]
+        idle = [x for x in request.backends if not any(map(BACKENDS[x].computes, methods))]
+        return f"left out: {', '.join(idle)} (computes none of the methods)" if idle else None
     device = named_device(request.device)
-    if request.backends or device.type != "cuda":
+    if device.type != "cuda":
         return None
     reasons: dict[str, list[str]] = {}
     for name in FAST:

@@ -146,7 +146,7 @@ def run_job(job: Job, world: World, announce: Callable[[str], None]) -> list[Row
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.default_stream(device))
     if STEP not in prepared.refused:
-        _Training(job, world, device, prepared).measure(machine, announce)
+        _Training(job, world, device, prepared).measure(announce)
     return rows + rows_of(job.group, machine.env, prepared, machine.ceilings)
 
 
@@ -233,7 +233,7 @@ class _Training:
         self.optimizer.zero_grad()
         self.losses.append(loss.detach())
 
-    def measure(self, machine: Machine, announce: Callable[[str], None]) -> None:
+    def measure(self, announce: Callable[[str], None]) -> None:
         """Fills in what the row of the step holds."""
         facts, device = self.prepared.facts, self.device
         heads = self._heads(INITIAL, announce)
@@ -243,8 +243,9 @@ class _Training:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
+        # A reader of its own: another would tell of what compiled the model.
         times, readings = step_times(
-            self.step, device, self.job.steps, machine.read_chip, lambda: announce("a step")
+            self.step, device, self.job.steps, chip.reader(device), lambda: announce("a step")
         )
         times = self.world.maxima(times, device)  # a step ends with the last process
         losses = self.world.means([float(loss) for loss in self.losses], device)

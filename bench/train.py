@@ -209,6 +209,11 @@ def _check(request: Train) -> None:
 
 def _model(request: Train) -> Model:
     if request.model_config is not None:
+        if request.model != Train.model:
+            raise ValueError(
+                f"--model {request.model} and --model-config {request.model_config} are two "
+                "models; give one"
+            )
         model = model_of_file(request.model_config)
     elif request.model in MODELS:
         model = MODELS[request.model]

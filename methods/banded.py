@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ def merged_bands(method: Banded, p: Problem) -> Tensor:
     except (TypeError, ValueError):
         raise ValueError(
             f"{method.name} gives bands {given!r}; for each head they must be a list of "
-            "(first, last) distances"
+            "(first, last) distances, whole numbers with first <= last"
         ) from None
     if len(heads) not in (1, p.q_heads):
         raise ValueError(
@@ -195,7 +196,10 @@ def shared_window(method: Method, p: Problem) -> int | None:
 
 def _merge(intervals: Sequence[Interval], seq_len: int) -> list[Interval]:
     merged: list[Interval] = []
-    for lo, hi in sorted((max(0, lo), min(hi, seq_len - 1)) for lo, hi in intervals):
+    whole = [(index(lo), index(hi)) for lo, hi in intervals]
+    if any(hi < lo - 1 for lo, hi in whole):  # at lo - 1 one is empty
+        raise ValueError
+    for lo, hi in sorted((max(0, lo), min(hi, seq_len - 1)) for lo, hi in whole):
         if hi < lo:
             continue
         if merged and lo <= merged[-1][1] + 1:

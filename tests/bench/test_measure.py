@@ -67,6 +67,16 @@ def test_pairs_are_those_of_the_method():
     assert standard.computed_pairs % (64 * 32) == 0
 
 
+def test_a_method_in_which_no_query_sees_a_key_has_no_time():
+    """It would be the fastest of all; here its bands are narrower than a token."""
+    tiny = replace(GROUP.problem, seq_len=3)
+    cells = Cell("gapped_bands", "blockwise"), Cell("spattention", "blockwise")
+    nothing, some = run(replace(GROUP, problem=tiny, cells=cells, phases=("fwd",))).values()
+    assert [(row.status, row.allowed_pairs) for row in nothing] == [("mismatch", 0)]
+    assert nothing[0].reason == "no query sees a key: the method allows no pair of them"
+    assert [(row.status, row.allowed_pairs > 0) for row in some] == [("ok", True)]
+
+
 def test_samples_are_interleaved():
     """Every cell is sampled once a round before any is sampled twice, in changing orders."""
     announced = []

@@ -13,7 +13,7 @@ from bench.record import STATUSES
 from bench.steps import World, _no_step, kept
 from bench.trainings import trainings
 from tests.bench.rows import make_row
-from tests.bench.training import job
+from tests.bench.training import job, step_row
 
 CPU = torch.device("cpu")
 CLOCKS = "device", "host"
@@ -72,6 +72,20 @@ def test_a_step_counts_where_no_chip_was_slowed_down():
     series = kept([1.0, 2.0, 3.0, 4.0], [cool, hot, cool, None], Second(0, 2), CPU)
     assert (series.samples, series.discarded) == ([(0, 1.0), (3, 4.0)], 2)
     assert series.readings == [cool]
+
+
+def test_what_ran_before_the_first_step_that_counts_is_no_matter_to_it(monkeypatch):
+    """A reader of a CPU tells of what others did since it was read last: compiling, above all."""
+    read = []
+
+    def reader(device):
+        own = []
+        read.append(own)
+        return lambda: own.append("read")
+
+    monkeypatch.setattr(steps.chip, "reader", reader)
+    row = step_row(job("spattention"))
+    assert row.status == "ok" and len(row.samples) == len(read[-1]) == job().steps
 
 
 def test_how_a_model_runs_is_part_of_its_name():

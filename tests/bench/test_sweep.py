@@ -10,7 +10,7 @@ import pytest
 import run_bench
 from bench import sweep
 from bench.record import ROOT, read_rows
-from bench.request import Sweep, expand
+from bench.request import Sweep, expand, left_out
 from tests.bench.rows import make_row
 
 SMALL = [
@@ -121,15 +121,15 @@ METHOD = Mine()
         (["--methods"], "--methods is an empty list"),
         (["--seq-len"], "--seq-len is an empty list"),
         (["--methods", "sliding_window:w=3"], "it has window"),
-        (["--heads", "6", "--kv-heads", "4"], "q_heads 6 is not a multiple of kv_heads 4"),
-        (["--seq-len", "0"], "seq_len is 0"),
-        (["--seq-len", "-4"], "seq_len is -4"),
+        (["--heads", "6", "--kv-heads", "4"], "--heads 6 is not a multiple of --kv-heads 4"),
+        (["--seq-len", "0"], "--seq-len is 0"),
+        (["--seq-len", "-4"], "--seq-len is -4"),
         (["--seq-len", "99999999999"], "1 to 16777216"),
         (["--seq-len", "many"], "error: --seq-len is 'many'; it takes whole numbers\n"),
         (["--seconds", "long"], "error: --seconds is 'long'; it takes numbers\n"),
         (["--seq-lenn", "256"], "error: --seq-lenn is no option of sweep; perhaps --seq-len; "),
         (["--methods", "sliding_window:window=wide"], "a value is no number, text in quotes"),
-        (["--head-dim", "8"], "head_dim is 8"),
+        (["--head-dim", "8"], "--head-dim is 8"),
         (["--dtype", "fp8"], "bfloat16, float16, float32, float64"),
         (["--device", "tpu"], "--device is 'tpu'"),
         (["--backends", "sdpa-cudnn", "--device", "cpu"], "this machine lacks"),
@@ -162,6 +162,14 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(arguments, message, tmp_
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_backends_of_no_use_are_named():
+    banded = {"methods": ("spattention", "bigbird"), "device": "cpu"}
+    asked = Sweep(**banded, backends=("flex", "sdpa-flash", "hf"))
+    assert left_out(asked) is None  # one is there for `standard`, one for `bigbird`
+    alone = replace(asked, methods=("spattention",), baseline=False)
+    assert left_out(alone) == "left out: sdpa-flash, hf (computes none of the methods)"
 
 
 def test_an_interrupted_run_says_where_its_time_went(monkeypatch, tmp_path):

@@ -60,6 +60,7 @@ UNFIT = [
         (["--device", "tpu"], "--device is 'tpu'"),
         (["--run", "a/b"], "--run is 'a/b'"),
         (["--model-config", "{"], "not JSON"),
+        (["--model", "olmoe-1b-7b", "--model-config", "{}"], "are two models; give one"),
         (["--model-config", "{}"], "no model_type"),
         (["--model-config", '{"model_type": "nothing"}'], "transformers does not take it"),
         (["--model-config", json.dumps(LLAMA | {"model_type": "mistral", "sliding_window": 8})],

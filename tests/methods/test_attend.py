@@ -35,6 +35,15 @@ class Flat(Banded):
         return [(0, 5)]
 
 
+@dataclass(frozen=True)
+class Swapped(Banded):
+    name: ClassVar[str] = "swapped"
+    band: tuple = ()
+
+    def bands(self, p):
+        return [[self.band]]
+
+
 def dense(method, q, k, v, causal=True):
     """float64 attention under a method's mask; rows without a key are 0."""
     p = Problem(
@@ -245,6 +254,8 @@ def _double(x):
         ({"method": Listed([1])}, "listed: a field cannot be hashed"),
         ({"causal": [True]}, "causal is [True]; it must be True or False"),
         ({"method": Flat()}, "flat gives bands [(0, 5)]; for each head they must be a list"),
+        ({"method": Swapped((9, 5))}, "swapped gives bands [[(9, 5)]]; for each head they must"),
+        ({"method": Swapped((0, 5.5))}, "whole numbers with first <= last"),
         ({"state": torch.zeros(3)}, "spattention takes no state; a Tensor was given"),
         ({"method": "longformer", "state": torch.zeros(2, 200)}, "none that globals_state makes"),
         (
