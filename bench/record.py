@@ -371,7 +371,7 @@ def _columns(header: bytes, path: Path) -> Sequence[str]:
         if header.decode(errors="replace") == ",".join(columns):
             return columns
     raise ValueError(
-        f"{path}: its first line is not that of a results file of this version; sweep and train "
+        f"{path}: not a results file of this version (its first line differs); sweep and train "
         "write such files"
     )
 
