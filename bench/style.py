@@ -75,7 +75,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """STEM.png and STEM.svg, without dates or random ids: equal figures are equal files."""
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
     with matplotlib.rc_context({"svg.hashsalt": "figure"}):
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine(None)  # laid out once, which takes as long as a drawing
         figure.savefig(paths[0], metadata={"Software": None})
-        figure.set_layout_engine(None)  # laid out once; the second file keeps the places
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
