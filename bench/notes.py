@@ -40,17 +40,26 @@ def _prepared(board: Board) -> Iterator[Text]:
 
 
 def _fastest(board: Board) -> Iterator[Text]:
-    """The backend of choice of each method that was timed on several."""
+    """The backend of choice of each method that was timed on several, or those of choice."""
     timed = {p: [c for c in board.cells if board.us(c, p)] for p in ("fwd_bwd", "fwd")}
     phase = "fwd_bwd" if timed["fwd_bwd"] else "fwd"
     chosen: dict[str, list[str]] = {}
     for cell, label in zip(board.cells, labels(board.cells), strict=True):
         same = [x for x in timed[phase] if x._replace(backend=cell.backend) == cell]
         if len(same) > 1 and min(same, key=lambda x: board.us(x, phase)) == cell:
-            chosen.setdefault(cell.backend, []).append(label)
+            equal = [x.backend for x in same if not _surely_slower(board, x, cell, phase)]
+            chosen.setdefault(" or ".join(equal), []).append(label)
     if any(name != BASELINE for names in chosen.values() for name in names):
-        told = "; ".join(f"{', '.join(names)} on {backend}" for backend, names in chosen.items())
+        told = "; ".join(f"{', '.join(names)} on {where}" for where, names in chosen.items())
         yield Text(f"fastest {PHASE_NAMES[phase]}: {told}")
+
+
+def _surely_slower(board: Board, cell: Cell, fastest: Cell, phase: str) -> bool:
+    """Whether the whole interval of its time over that of the fastest lies above 1."""
+    rows = [board.row(x, phase) for x in (cell, fastest)]
+    if cell == fastest or not all(row.samples for row in rows):
+        return cell != fastest
+    return (compare(*rows).low or 0) > 1
 
 
 def _reasons(board: Board) -> Iterator[Text]:
