@@ -270,6 +270,12 @@ def destination(output: str | None, run: str, resume: bool) -> tuple[Path, Path]
     return csv_path, plots
 
 
+def title(csv_path: Path, resume: bool) -> str:
+    """Which run it is, in a line; a name that was mistyped beside --resume shows in it."""
+    begins = "; there is none to go on with, so it begins" * (resume and not csv_path.exists())
+    return f"run {csv_path.stem}: {csv_path}{begins}"
+
+
 def must_be_writable(*folders: Path) -> None:
     """Makes folders. Raises ValueError where one cannot be made or written in."""
     for folder in folders:

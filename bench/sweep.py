@@ -20,7 +20,7 @@ from bench.cells import Group
 from bench.measure import Clockwork
 from bench.recall import Memory
 from bench.record import Environment, Row, Store, code_hash
-from bench.request import Sweep, destination, expand, left_out
+from bench.request import Sweep, destination, expand, left_out, title
 from bench.specs import AUTHOR_ERRORS, parameters_text, parse_method, source_file
 from bench.worker import Worker
 
@@ -36,8 +36,8 @@ def sweep(request: Sweep, console: Console) -> int:
     groups = expand(request)
     csv_path, plots = destination(request.output, groups[0].run, request.resume)
     clockwork = Clockwork()
+    _say(console, title(csv_path, request.resume))
     with Store(csv_path) as store, _timed(csv_path.with_suffix(".time.csv"), clockwork):
-        _say(console, f"run {groups[0].run}: {csv_path}")
         if store.damaged:
             _say(console, f"damaged lines: {store.damaged}, now in {store.aside}")
         if missing := left_out(request):

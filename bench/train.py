@@ -30,7 +30,15 @@ from bench.models import (
 )  # fmt: skip
 from bench.ranks import Apart, JobFailed, Ranks
 from bench.record import STEP, Environment, Row, Store, code_hash, environment
-from bench.request import FAST, MOST, check_resumed, check_run_name, destination, named_device
+from bench.request import (
+    FAST,
+    MOST,
+    check_resumed,
+    check_run_name,
+    destination,
+    named_device,
+    title,
+)
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
 from bench.steps import Job, compile_bytes, compile_first, method_of, unfinished
@@ -115,6 +123,7 @@ def train(request: Train, console: Console) -> int:
     status = 1
     try:
         path, plots = destination(request.output, jobs[0].group.run, request.resume)
+        console.print(title(path, request.resume), highlight=False, markup=False)
         _introduce(jobs[0], ranks, console)
         with Store(path) as store:
             rows = _Run(jobs, request, ranks, store, console).measure()

@@ -10,7 +10,7 @@ import pytest
 import run_bench
 from bench import sweep
 from bench.record import ROOT, read_rows
-from bench.request import Sweep, expand, left_out
+from bench.request import Sweep, expand, left_out, title
 from tests.bench.rows import make_row
 
 SMALL = [
@@ -162,6 +162,16 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(arguments, message, tmp_
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_what_is_not_there_says_so(tmp_path):
+    """The name may be mistyped."""
+    there, missing = tmp_path / "a.csv", tmp_path / "b.csv"
+    there.touch()
+    assert title(there, resume=True) == f"run a: {there}"
+    assert title(missing, resume=False) == f"run b: {missing}"
+    told = f"run b: {missing}; there is none to go on with, so it begins"
+    assert title(missing, resume=True) == told
 
 
 def test_backends_of_no_use_are_named():
