@@ -72,7 +72,8 @@ def sections() -> dict[str, Callable[[], str]]:
             found[f"profile-{name}"] = lambda name=name: profiles(_profile(name), 0.05)
     trained = _measured("h200/train*")
     if any(row.phase == STEP for row in trained):
-        found["train"] = lambda: training(trained, RESULTS / "h200", PLOTS)
+        swept = _measured("h200/backends")
+        found["train"] = lambda: training(trained, RESULTS / "h200", PLOTS, swept)
         found["train-summary"] = lambda: training_summary(trained)
     return found
 

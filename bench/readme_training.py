@@ -18,15 +18,26 @@ from bench.step_attention import IDENTITY
 from bench.tables import markdown, read_table
 from bench.train_figures import figure_name
 from bench.train_report import failure, remarks, title
-from bench.trainings import SPLIT, Training, fall, latest, missed, scaling, tokens_per_s, trainings
+from bench.trainings import (
+    SPLIT,
+    Training,
+    fall,
+    latest,
+    missed,
+    scaling,
+    tokens_per_s,
+    trainings,
+    utilisation,
+)
 
 NAMED = 3  # of the steps that their two parts miss, those by most
 
 
-def training(rows: Sequence[Row], results: Path, plots: Path) -> str:
+def training(rows: Sequence[Row], results: Path, plots: Path, swept: Sequence[Row] = ()) -> str:
     """Every table that there are rows for, each with its pictures.
 
     Args:
+        swept: of a sweep, beside whose attention calls those of the trainings are held.
         results, plots: folders of the files that the rows come from, and of their runs' pictures.
     """
     found = latest(trainings(rows))
@@ -38,7 +49,7 @@ def training(rows: Sequence[Row], results: Path, plots: Path) -> str:
         parts += [] if first else [f"#### `{model}`"]
         parts += pictures(own, "speedup", "Speed-up of training steps over sequence length", plots)
         parts.append(model_table(own, rows, memory=not first))
-        parts += aims(own) if first else []
+        parts += aims(own, swept) if first else []
     parts += paper_setting(random)
     texts = [x for x in found if x.head.data != "random"]
     parts += ["#### A text", *loss_tables(texts, results, plots)] if texts else []
@@ -104,16 +115,30 @@ def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = F
         [(*line, *other) for line, other in zip(lines, others, strict=True)],
         numbers=range(2, 2 + len(columns)),
     )
-    caption = (
+    notes = _beyond(found) + _notes([(x, cell) for x in found for cell in _cells([x])])
+    caption = _caption(found, memory, scaled=len(columns) > len(found))
+    return "\n".join([*table, "", f"{caption} {_titles(found)}.{notes}"])
+
+
+def _caption(found: Sequence[Training], memory: bool, scaled: bool) -> str:
+    """What stands in a model's table."""
+    told = (
         f"Tokens/s; in brackets the speed-up over `{BASELINE}` on its fastest backend{INTERVALS}; "
         "then, on one GPU, what Amdahl's law makes of the attention call's own speed-up"
         f"{'; memory at the peak of a step' if memory else ''}. "
         f"`{IDENTITY.name}` is q + k + v in place of attention: what no method gets above."
     )
-    if len(columns) > len(found):
-        caption += " Scaling: tokens/s over those of one process times processes, likewise."
-    notes = _beyond(found) + _notes([(x, cell) for x in found for cell in _cells([x])])
-    return "\n".join([*table, "", f"{caption} {_titles(found)}.{notes}"])
+    if scaled:
+        told += (
+            " Scaling: tokens/s over those of one process, of the same code, times processes, "
+            "likewise."
+        )
+    if used := [x for y in found for row in y.rows.values() if (x := utilisation(row))]:
+        told += (
+            f" Model FLOPs utilisation: {min(used):.0%} to {max(used):.0%} of the rate of a large "
+            "matrix product on the same chip."
+        )
+    return told
 
 
 def _cells(found: Sequence[Training]) -> list[Cell]:
@@ -301,23 +326,25 @@ def loss_tables(found: Sequence[Training], results: Path, plots: Path) -> Iterat
             for label, cell in zip(labels(cells), cells, strict=True)
         ]
         yield from pictures([x], "loss", "Loss over steps", plots)
-        heads = ("method", "backend", "first steps", "last steps", "falls")
-        yield "\n".join(markdown(heads, lines, numbers=(2, 3)))
+        heads = ("method", "backend", "first steps", "last steps", "highest", "falls")
+        yield "\n".join(markdown(heads, lines, numbers=(2, 3, 4)))
         steps = {ends.steps for row in x.rows.values() if (ends := fall(row))}
         yield (
             f"Mean losses of the first and the last {', '.join(map(str, sorted(steps)))} steps "
-            "after the warm-up, from the same seed; one falls where the last lies below the first "
-            f"by three standard errors. {title(x.head)} · {x.head.recipe}."
+            "after the warm-up, from the same seed, and the highest of any step: a spike, or the "
+            "first. One falls where the last lies below the first by three standard errors. "
+            f"{title(x.head)} · {x.head.recipe}."
             f"{_sources(x.head.data, results)}"
             f"{_notes((x, cell) for cell in cells if x.rows[cell].status == 'ok')}"
         )
 
 
-def _fall(row: Row) -> tuple[str, str, str]:
+def _fall(row: Row) -> tuple[str, ...]:
     ends = fall(row)
     if row.status != "ok" or ends is None:
-        return NOTHING, NOTHING, "; ".join(remarks(row)) or "too few steps to tell"
-    return f"{ends.first:.3f}", f"{ends.last:.3f}", "yes" if ends.clear else "**no**"
+        return *[NOTHING] * 3, "; ".join(remarks(row)) or "too few steps to tell"
+    losses = (f"{loss:.3f}" for loss in (ends.first, ends.last, ends.highest))
+    return *losses, "yes" if ends.clear else "**no**"
 
 
 def _sources(data: str, results: Path) -> str:

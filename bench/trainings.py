@@ -9,7 +9,7 @@ itself, by the device clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from statistics import fmean, variance
 from typing import NamedTuple
@@ -71,11 +71,13 @@ class Training:
         dense, bare = self.us(self.dense), self.us(self.best(IDENTITY.name, None))
         return dense / bare if dense and bare else None
 
-    def amdahl(self, cell: Cell) -> Value | None:
-        if self.no_amdahl(cell):
+    def amdahl(self, cell: Cell, calls: Mapping[Cell, Row] | None = None) -> Value | None:
+        """By its own calls' times, or by those of another run of the same problem."""
+        calls = self.calls if calls is None else calls
+        if self.no_amdahl(cell) or not {cell, self.dense} <= calls.keys():
             return None
         share = attention_share(self.rows[self.dense])
-        call = _ratio(self.calls[self.dense], self.calls[cell])
+        call = _ratio(calls[self.dense], calls[cell])
         return Value(*(gain and 1 / (1 - share + share / gain) for gain in call))
 
     def no_amdahl(self, cell: Cell) -> str | None:
@@ -146,7 +148,7 @@ def utilisation(row: Row) -> float | None:
 
 
 def scaling(row: Row, rows: Iterable[Row]) -> Value | None:
-    """Tokens/s over those of one process of the same cell times the number of processes.
+    """Tokens/s over those of one process of the same cell and code times the number of processes.
 
     One by the same recipe where there is one; of several, the last.
     """
@@ -171,12 +173,14 @@ class Fall(NamedTuple):
     """Mean losses over the first and the last steps after the warm-up, so many each.
 
     Attributes:
+        highest: loss of any step after the warm-up: one of a spike, where there is one.
         clear: whether the last are below the first by more than their noise.
     """
 
     steps: int
     first: float
     last: float
+    highest: float
     clear: bool
 
 
@@ -190,7 +194,7 @@ def fall(row: Row) -> Fall | None:
     ends = losses[:count], losses[-count:]
     first, last = map(fmean, ends)
     error = math.sqrt(sum(variance(end) / count for end in ends))
-    return Fall(count, first, last, first - last > ERRORS * error)
+    return Fall(count, first, last, max(losses), first - last > ERRORS * error)
 
 
 def missed(row: Row) -> float | None:
@@ -216,7 +220,7 @@ def job_of(row: Row) -> tuple:
 
 def _scales(row: Row) -> tuple:
     """What one process and several have in common."""
-    return *_model(row), cell_of(row), row.torch, row.driver
+    return *_model(row), cell_of(row), row.code, row.torch, row.driver
 
 
 def _setting(row: Row) -> tuple:

@@ -63,7 +63,8 @@ def test_training_is_over_the_fastest_dense_step_of_its_column():
     ]
     assert list(found["`standard`", "flex"])[2:] == columns
     assert text.endswith(
-        "Scaling: tokens/s over those of one process times processes, likewise. "
+        "Scaling: tokens/s over those of one process, of the same code, times processes, "
+        "likewise. "
         "table2 · 4096 tokens a step · bfloat16 · Chip X; "
         "table2 · 8192 tokens a step · 2 processes · bfloat16 · Chip X. "
         "Without a figure: `spattention` on flex, N = 4096 (oom: [/full])."
@@ -248,9 +249,18 @@ def test_what_was_aimed_at_is_said_with_what_was_reached():
     assert "`spattention` at N = 1024" in unsure and "`spattention` at N = 32768" not in unsure
     assert text == (
         "At N = 32768 a step with `spattention` (flex) is 2.00 times as fast as the fastest dense "
-        "one; the aim, 2.2, is missed. That is 100% of what the speed-up of its attention call "
-        "allows by Amdahl's law; the aim, 95%, is reached."
+        "one; the aim, 2.2, is missed. The step is 1.00 times as fast as the speed-up of its "
+        "attention call allows by Amdahl's law; the aim, 0.95, is reached."
     )
+    calls = [replace(row, phase="fwd_bwd", clock="device", median_us=us, status="ok")
+             for row, us in ((rows[-3], 60.0), (rows[-1], 20.0))]  # fmt: skip
+    *_, text = aims(trainings(rows), calls)
+    assert text.endswith(
+        " is reached. Its call is 6.00 times as fast as the dense one where the steps were timed, "
+        "3.00 in a sweep: by that, the law allows 1.67, not 2.00."
+    )
+    *_, text = aims(trainings(rows), calls[:1])
+    assert text.endswith(" is reached.")
     assert list(aims(trainings([step(us=1.0, **TWO), step(**LONG)]))) == []
     slowed = [replace(row, other_us=100_000.0) if row.other_us else row for row in rows]
     *_, text = aims(trainings(slowed))
@@ -269,10 +279,23 @@ def test_of_a_step_that_missed_its_aim_it_is_said_where_its_time_goes():
     _, _, told = aims(trainings([fast, missed, bare]))
     assert told.splitlines()[2:] == [
         "- `spattention`, flex, N = 1024: 62.1 ms, of which attention is 4.4; products of the "
-        "rest alone take 40.0 at the rate of a large one on that chip, 800 TFLOP/s; power cap "
-        "40/40, SM clock 1635 MHz"
+        "rest alone take 40.0 at the rate of a large one on that chip, 800 TFLOP/s; 17.7 is what "
+        "they take beyond it, and all else; power cap 40/40, SM clock 1635 MHz"
     ]
     assert len(list(aims(trainings([fast, missed])))) == 2  # nothing says what products take
+
+
+def test_where_another_backend_leaves_less_to_the_rest_of_a_step_it_is_said():
+    long = {"batch": 1, "seq_len": 32768}
+    dense = step(us=150_000.0, **long)
+    steps = [
+        step("spattention", backend, us, attention_us=us - rest, other_us=rest, **long)
+        for backend, us, rest in (("varlen", 74_000.0, 59_000.0), ("flex", 80_000.0, 55_000.0))
+    ]
+    told = " All but attention takes 59.0 ms of it, and 55.0 of a step on flex."
+    assert told in list(aims(trainings([dense, *steps])))[-1]
+    alike = replace(steps[1], other_us=58_000.0)
+    assert "All but attention" not in list(aims(trainings([dense, steps[0], alike])))[-1]
 
 
 @pytest.mark.parametrize(
@@ -322,9 +345,9 @@ def test_losses_on_a_text_are_judged_and_its_words_have_owners(tmp_path):
     heading, table, told = page(book, tmp_path).split("\n\n")
     assert heading == "#### A text"
     assert table.splitlines()[2:] == [
-        "| `standard` | flex | 4.900 | 2.200 | yes |",
-        "| `spattention` | flex | 5.033 | 5.067 | **no** |",
-        "| `longformer` | flex | - | - | mismatch: the loss of step 7 is no number |",
+        "| `standard` | flex | 4.900 | 2.200 | 5.000 | yes |",
+        "| `spattention` | flex | 5.033 | 5.067 | 5.100 | **no** |",
+        "| `longformer` | flex | - | - | - | mismatch: the loss of step 7 is no number |",
     ]
     assert "the first and the last 3 steps" in told and "packages" not in told
     amiss = "unobserved: +5.0% `standard` on flex, N = 1024."

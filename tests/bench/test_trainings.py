@@ -201,7 +201,8 @@ def test_scaling_and_utilisation():
     ends = {"ci_low_us": 90.0, "ci_high_us": 110.0}
     low, high = scaling(replace(two, **ends), [replace(one, **ends)])[1:]
     assert (low, high) == (pytest.approx(90 / 110), pytest.approx(110 / 90))
-    assert scaling(two, [replace(one, torch="2.0"), replace(one, driver="1")]) is None
+    for other in ({"torch": "2.0"}, {"driver": "1"}, {"code": "1" * 12}):
+        assert scaling(two, [replace(one, **other)]) is None
     row = made(us=1e6, model_flops=4e14, matmul_tflop_s=800.0)
     assert utilisation(row) == pytest.approx(0.5)
     assert utilisation(replace(row, matmul_tflop_s=None)) is None
