@@ -252,21 +252,29 @@ def test_what_was_aimed_at_is_said_with_what_was_reached():
         "one; the aim, 2.2, is missed. The step is 1.00 times as fast as the speed-up of its "
         "attention call allows by Amdahl's law; the aim, 0.95, is reached."
     )
-    calls = [replace(row, phase="fwd_bwd", clock="device", median_us=us, status="ok")
-             for row, us in ((rows[-3], 60.0), (rows[-1], 20.0))]  # fmt: skip
-    *_, text = aims(trainings(rows), calls)
-    assert text.endswith(
-        " is reached. Its call is 6.00 times as fast as the dense one where the steps were timed, "
-        "3.00 in a sweep: by that, the law allows 1.67, not 2.00."
-    )
-    *_, text = aims(trainings(rows), calls[:1])
-    assert text.endswith(" is reached.")
     assert list(aims(trainings([step(us=1.0, **TWO), step(**LONG)]))) == []
     slowed = [replace(row, other_us=100_000.0) if row.other_us else row for row in rows]
     *_, text = aims(trainings(slowed))
     assert text.endswith(
         "By Amdahl's law it has no figure: CUPTI made the dense step 10.0% longer."
     )
+
+
+def test_the_law_is_held_beside_what_a_sweep_found_of_the_same_calls():
+    long = {"batch": 1, "seq_len": 32768}
+    split = {"attention_us": 120_000.0, "other_us": 80_000.0}
+    rows = [*with_call(200_000.0, 60.0, **split, **long),
+            *with_call(100_000.0, 10.0, method="spattention", **long)]  # fmt: skip
+    swept = [replace(rows[0], median_us=60.0), replace(rows[2], median_us=20.0)]
+    swept = [replace(row, phase="fwd_bwd", clock="device", status="ok") for row in swept]
+    *_, text = aims(trainings(rows), swept)
+    assert text.endswith(
+        " is reached. Its call is 6.00 times as fast as the dense one where the steps were timed, "
+        "3.00 in a sweep: by that, the law allows 1.67, not 2.00."
+    )
+    for other in (swept[:1], [replace(row, seq_len=1024) for row in swept]):
+        *_, text = aims(trainings(rows), other)
+        assert text.endswith(" is reached.")
 
 
 def test_of_a_step_that_missed_its_aim_it_is_said_where_its_time_goes():
