@@ -37,8 +37,8 @@ def training(rows: Sequence[Row], results: Path, plots: Path, swept: Sequence[Ro
     """Every table that there are rows for, each with its pictures.
 
     Args:
-        swept: of a sweep, beside whose attention calls those of the trainings are held.
         results, plots: folders of the files that the rows come from, and of their runs' pictures.
+        swept: of a sweep, beside whose attention calls those of the trainings are held.
     """
     found = latest(trainings(rows))
     random = [x for x in found if x.head.data == "random"]

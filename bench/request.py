@@ -115,9 +115,9 @@ def _problem(**values: Any) -> Problem:
     try:
         return Problem(**values)
     except ValueError as error:
-        fields = re.compile("|".join(rf"\b{name}\b" for name in values))
+        names = re.compile("|".join(rf"\b{name}\b" for name in values))
         flags = {"q_heads": "heads"}
-        told = fields.sub(lambda x: f"--{flags.get(x[0], x[0]).replace('_', '-')}", str(error))
+        told = names.sub(lambda x: f"--{flags.get(x[0], x[0]).replace('_', '-')}", str(error))
         raise ValueError(told) from None
 
 

@@ -76,7 +76,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
     with matplotlib.rc_context({"svg.hashsalt": "figure"}):
         figure.get_layout_engine().execute(figure)
-        figure.set_layout_engine(None)  # laid out once, which takes as long as a drawing
+        figure.set_layout_engine(None)  # else savefig draws it all once more, only to lay it out
         figure.savefig(paths[0], metadata={"Software": None})
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
