@@ -27,6 +27,7 @@ from bench.readme_speeds import (
     targets,
     times,
 )  # fmt: skip
+from bench.readme_steps import step_kernels
 from bench.readme_training import training, training_summary
 from bench.record import ROOT, STEP, Row, read_rows
 from bench.specs import parameters_text
@@ -75,6 +76,8 @@ def sections() -> dict[str, Callable[[], str]]:
         swept = _measured("h200/backends")
         found["train"] = lambda: training(trained, RESULTS / "h200", PLOTS, swept)
         found["train-summary"] = lambda: training_summary(trained)
+    if (RESULTS / "h200/step_kernels.csv").exists():
+        found["step-kernels"] = lambda: step_kernels(_rows("h200/step_kernels"))
     return found
 
 

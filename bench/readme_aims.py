@@ -10,7 +10,6 @@ from bench.figures import Value
 from bench.notes import NOTHING
 from bench.record import Row
 from bench.report import quantity
-from bench.step_attention import IDENTITY
 from bench.tables import markdown
 from bench.trainings import Training, quotient, tokens_per_s
 
@@ -48,7 +47,6 @@ def aims(found: Sequence[Training], swept: Sequence[Row] = ()) -> Iterator[str]:
         for (method, kind, n), aim in PROTOTYPE.items()
         if n in taken
     ]
-    judged = _judged(taken)
     if lines:
         heads = ("method", "N", "prototype", "the same here", "fastest here")
         yield "\n".join(markdown(heads, lines, numbers=range(1, 5)))
@@ -56,12 +54,8 @@ def aims(found: Sequence[Training], swept: Sequence[Row] = ()) -> Iterator[str]:
             "Aimed at were at least the tokens/s of an earlier prototype of the same model on an "
             "H200 with torch 2.11, where it had several the fewest; in brackets what of them was "
             "reached, rounded down, on the same kind of backend and on the fastest of all. "
-            f"{_missed(judged)}"
+            f"{_missed(_judged(taken))}"
         )
-        missed = judged.get(MISSED, {}).items()
-        bounds = [x for (_, n), cell in missed if (x := _bounds(taken[n], cell))]
-        if bounds:
-            yield "\n".join(["Where the time of those that missed it goes:", "", *bounds])
     if AIM_LENGTH in taken and (text := _speedup_aim(taken[AIM_LENGTH], swept)):
         yield text
 
@@ -87,25 +81,6 @@ def _missed(judged: Mapping[str, Mapping[tuple[str, int], Cell]]) -> str:
         for verdict, text in texts.items() if verdict in judged
     )  # fmt: skip
     return " ".join(told) or "All are reached."
-
-
-def _bounds(found: Training, cell: Cell) -> str | None:
-    """Where the time of a step goes, and what its products take at the chip's own rate."""
-    row, bare = found.rows[cell], found.rows.get(found.best(IDENTITY.name, None))
-    if not (row.attention_us and row.other_us and row.matmul_tflop_s and bare):
-        return None
-    products = bare.model_flops / row.matmul_tflop_s * 1e-6  # microseconds; all but attention's
-    rest = row.median_us - row.attention_us - products
-    took, attention, least, other = (
-        f"{us / 1e3:.1f}" for us in (row.median_us, row.attention_us, products, rest)
-    )
-    capped = f"; {row.throttled}, SM clock {row.sm_mhz:.0f} MHz" if row.throttled else ""
-    return (
-        f"- `{cell.method}`, {cell.backend}, N = {row.seq_len}: {took} ms, of which attention is "
-        f"{attention}; products of the rest alone take {least} at the rate of a large one on that "
-        f"chip, {row.matmul_tflop_s:.0f} TFLOP/s; {other} is what they take beyond it, and all "
-        f"else{capped}"
-    )
 
 
 def _reached(found: Training, method: str, kind: str, aim: float) -> Iterator[str]:

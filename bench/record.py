@@ -67,6 +67,7 @@ class Row:
         attention_us, other_us: time of the device in attention and in other kernels, in one step.
         recipe: steps, warm-up, learning rate and seed.
         heads: of a text's training, how much heads differ: what `bench/trained_heads.py` writes.
+        step_kernels: microseconds a step, kind and name, longest first; semicolon-separated.
     """
 
     run: str
@@ -132,6 +133,7 @@ class Row:
     other_us: float | None = None
     recipe: str | None = None
     heads: str | None = None
+    step_kernels: str | None = None
 
     @property
     def problem(self) -> Problem:
@@ -144,9 +146,8 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _HEADER = (",".join(COLUMNS) + "\n").encode()
-# Of files from before there were rows of training, their recipe or their heads, which are read
-# all the same.
-_OLDER = [COLUMNS[: COLUMNS.index(name)] for name in ("model", "recipe", "heads")]
+# Of files from before there were rows of training, or more of them; they are read all the same.
+_OLDER = [COLUMNS[: COLUMNS.index(x)] for x in ("model", "recipe", "heads", "step_kernels")]
 _TYPES = get_type_hints(Row)
 DIGITS = 1e-5  # as a share: numbers are kept to six digits
 LONGEST = 2**31 - 1  # characters of a field: samples and losses have no limit of their own

@@ -1,14 +1,17 @@
-"""What a device does in a step of training: kernels of attention, by their names, and the rest."""
+"""What a device does in a step of training, kernel by kernel, by their names."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from bench import timing
+from bench.kernels import described
 
 # In names of kernels: FlexAttention's by torch, and those of the libraries; not in those of copies
 # that Inductor names by the library's call which they are for.
@@ -16,18 +19,35 @@ ATTENTION = re.compile(
     r"^(?!triton_.*scaled_dot_product).*(flex_attention|flash|fmha|sdpa|attention|attn)",
     re.IGNORECASE,
 )
+# Every other kind: the first whose pattern a name has.
+KINDS = {
+    "product": re.compile(r"gemm|gemv|nvjet|splitk|triton_tem_\w*mm", re.IGNORECASE),
+    "optimizer": re.compile(r"adam", re.IGNORECASE),
+    "generated": re.compile(r"^triton_"),  # by torch.compile: elementwise work and reductions
+    "other": re.compile(""),
+}
+LEAST_SHARE = 0.005  # of a step; kernels of a kind that take less are put together
+OTHERS = "others"
 # After a rest a chip is faster for about half a second: such steps run, but do not count.
 WARM_US = 1e6
 COUNTED = 5  # steps after them
 
 
+class Split(NamedTuple):
+    """Where a step's time goes, as its row has it; None on a CPU, where CUPTI sees nothing."""
+
+    attention_us: float | None = None
+    other_us: float | None = None
+    step_kernels: str | None = None
+
+
 def kernel_split(
     step: Callable[[], None], device: torch.device, step_us: float, is_attention: bool
-) -> tuple[float | None, float | None]:
+) -> Split:
     """Microseconds of a step in kernels of attention, by their names, and of the rest of it.
 
     The rest is other kernels, less what of them runs beside attention, and what no kernel fills.
-    Together they are what a step took while CUPTI looked on. None on a CPU, where it sees nothing.
+    Together they are what a step took while CUPTI looked on.
 
     Args:
         step_us: of a step in the middle of a training.
@@ -36,7 +56,7 @@ def kernel_split(
         RuntimeError: CUPTI missed kernels, or none is named for attention though there is some.
     """
     if device.type == "cpu":
-        return None, None
+        return Split()
     boundary = _boundary(device)
     torch.cuda.synchronize(device)
     names = {event.name for event in timing.kernel_events(boundary, device)}
@@ -58,7 +78,36 @@ def kernel_split(
     if is_attention and not attention:
         raise RuntimeError("no kernel of the step is named for attention")
     whole = max(end for _, _, end in counted) - start
-    return attention / COUNTED, (whole - attention) / COUNTED
+    return Split(attention / COUNTED, (whole - attention) / COUNTED, _listed(counted, whole))
+
+
+def kind_of(name: str) -> str:
+    """What a kernel is for, by its whole name: attention, or one of KINDS."""
+    if ATTENTION.search(name):
+        return "attention"
+    return next(kind for kind, pattern in KINDS.items() if pattern.search(name))
+
+
+def _listed(counted: Sequence[tuple[str, float, float]], whole: float) -> str:
+    """Microseconds a step, kind and name of kernels, the longest first."""
+    spent: Counter[tuple[str, str]] = Counter()
+    for name, start, end in counted:
+        spent[kind_of(name), described(name)] += end - start
+    shown: Counter[tuple[str, str]] = Counter()
+    for (kind, name), us in spent.items():
+        shown[kind, name if us >= LEAST_SHARE * whole else OTHERS] += us
+    return ";".join(
+        f"{us / COUNTED:.6g} {kind} {name}" for (kind, name), us in shown.most_common()
+    )
+
+
+def by_kind(step_kernels: str) -> Counter[str]:
+    """Microseconds of a step by kind of kernel, from what its row says."""
+    found: Counter[str] = Counter()
+    for line in step_kernels.split(";"):
+        us, kind, _ = line.split(" ", 2)
+        found[kind] += float(us)
+    return found
 
 
 def _boundary(device: torch.device) -> timing.Call:

@@ -291,9 +291,7 @@ class _Training:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # CUPTI asks the device for memory, not torch
         try:
-            facts["attention_us"], facts["other_us"] = kernel_split(
-                self.step, self.device, step_us, is_attention
-            )
+            facts |= kernel_split(self.step, self.device, step_us, is_attention)._asdict()
         except CELL_ERRORS as error:
             raise_if_lost(self.device)
             self.prepared.uncaptured[STEP] = f"not split by kernels: {one_line(error)}"

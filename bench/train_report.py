@@ -21,6 +21,7 @@ from bench.trainings import (
     attention_share,
     fall,
     missed,
+    products_share,
     scaling,
     tokens_per_s,
     trainings,
@@ -31,7 +32,7 @@ from bench.trainings import (
 TABLE = {
     "method": 9, "backend": 9, "tokens/s": 9, "±": 8, "step": 1, "x fastest\ndense": 9,
     "Amdahl": 7, "zero\ncost": 7, "x same\nbackend": 3, "% of\nmatmul": 2, "attention": 4,
-    "memory": 5, "loss": 6, "scaling": 9,
+    "products": 2, "memory": 5, "loss": 6, "scaling": 9,
 }  # fmt: skip
 # Of the columns that are shown.
 LEGEND = {
@@ -42,6 +43,7 @@ LEGEND = {
     "% of\nmatmul": "the model's FLOPs over what a large matrix product reaches on this chip",
     "attention": "its kernels' share of the step, by their names, so that what varlen copies to "
     "pack its sequences counts as the rest",
+    "products": "the share of matrix products that are no attention's, likewise",
     "loss": "of the last timed step",
     "scaling": "tokens/s over those of one process times processes",
 }
@@ -183,6 +185,7 @@ def _line(training: Training, cell: Cell, rows: Sequence[Row]) -> list[str]:
         _number(training.zero_cost() if real else None),
         _number(training.us(same) and training.speedup(cell, same).y),
         _number(utilisation(row), ".1%"), _number(attention_share(row), ".1%"),
+        _number(products_share(row), ".1%"),
         _number(row.peak_bytes and row.peak_bytes / 2**30, ".1f", " GiB"),
         _loss(row), _number(share and share.y, ".1%"),
     ]  # fmt: skip

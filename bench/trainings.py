@@ -18,6 +18,7 @@ from bench.derived import BASELINE, Cell, cell_of, compare, in_order, problem_of
 from bench.figures import Value
 from bench.record import STEP, Row
 from bench.step_attention import IDENTITY
+from bench.step_kernels import by_kind
 
 PART = 0.1  # of the steps at either end, whose mean losses are compared
 ERRORS = 3  # standard errors of their difference that are no noise
@@ -130,6 +131,13 @@ def attention_share(row: Row) -> float | None:
     """Of the step."""
     whole = (row.attention_us or 0) + (row.other_us or 0)
     return row.attention_us / whole if row.world_size == 1 and whole else None
+
+
+def products_share(row: Row) -> float | None:
+    """Of the step: matrix products that are no attention's."""
+    if not row.step_kernels or row.attention_us is None:
+        return None
+    return by_kind(row.step_kernels)["product"] / (row.attention_us + row.other_us)
 
 
 def tokens_per_s(row: Row) -> Value | None:

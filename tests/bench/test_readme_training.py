@@ -7,6 +7,7 @@ import pytest
 
 from bench.docstrings import Source
 from bench.readme_aims import PROTOTYPE, aims
+from bench.readme_steps import step_kernels
 from bench.readme_training import latest, model_table, training, training_summary
 from bench.tables import write_table
 from bench.train_figures import draw_training
@@ -221,6 +222,27 @@ def test_a_summary_has_each_method_on_its_fastest_backend(tmp_path):
     assert "2 processes" not in caption
 
 
+def test_where_steps_spend_their_time():
+    """Products' rate is that of the model without attention; nothing is told of other steps."""
+    kernels = "20000 product a;6000 attention b;3000 product c;2000 generated d;500 other e"
+    seen = {"attention_us": 6000.0, "other_us": 26000.0, "matmul_tflop_s": 800.0}
+    rows = [
+        step(us=31000.0, sm_mhz=900, step_kernels=kernels, model_flops=9e12, **seen),
+        step("spattention", us=30000.0),
+        step("identity", "identity", 25000.0, model_flops=9.2e12, **seen,
+             step_kernels="28750 product a;1e3 generated d;1 other e"),
+    ]  # fmt: skip
+    table, caption = step_kernels(rows).split("\n\n")
+    assert table.splitlines()[2:] == [
+        "| 1024 | `standard` | flex | 32.0 | 6.0 | 23.0 | 50% | 2.0 | 0.0 | 0.5 | 0.5 | 900 MHz |",
+        "| 1024 | `identity` | identity | 32.0 | 0.0 | 28.8 | 40% | 1.0 | 0.0 | 0.0 | 2.2 | - |",
+    ]
+    assert "large product's rate on that chip, 800 TFLOP/s at most" in caption
+    assert "table2" in caption and "4096 tokens a step" in caption
+    with pytest.raises(ValueError, match="no row has kernels of a step"):
+        step_kernels([step()])
+
+
 def test_what_was_aimed_at_is_said_with_what_was_reached():
     size = {"batch": 32, "seq_len": 1024}
     long = {"batch": 1, "seq_len": 32768}
@@ -275,22 +297,6 @@ def test_the_law_is_held_beside_what_a_sweep_found_of_the_same_calls():
     for other in (swept[:1], [replace(row, seq_len=1024) for row in swept]):
         *_, text = aims(trainings(rows), other)
         assert text.endswith(" is reached.")
-
-
-def test_of_a_step_that_missed_its_aim_it_is_said_where_its_time_goes():
-    size, chip = {"batch": 32, "seq_len": 1024}, {"matmul_tflop_s": 800.0}
-    bare = step("identity", "identity", 50_000.0, model_flops=32e12, **size, **chip)
-    split = {"attention_us": 4_400.0, "other_us": 57_900.0, **chip}
-    capped = {"throttled": "power cap 40/40", "sm_mhz": 1635.0}
-    missed = step("spattention", us=62_100.0, **split, **capped, **size)
-    fast = step(us=50_000.0, **split, **size)
-    _, _, told = aims(trainings([fast, missed, bare]))
-    assert told.splitlines()[2:] == [
-        "- `spattention`, flex, N = 1024: 62.1 ms, of which attention is 4.4; products of the "
-        "rest alone take 40.0 at the rate of a large one on that chip, 800 TFLOP/s; 17.7 is what "
-        "they take beyond it, and all else; power cap 40/40, SM clock 1635 MHz"
-    ]
-    assert len(list(aims(trainings([fast, missed])))) == 2  # nothing says what products take
 
 
 def test_where_another_backend_leaves_less_to_the_rest_of_a_step_it_is_said():

@@ -12,6 +12,7 @@ from bench.trainings import (
     attention_share,
     fall,
     missed,
+    products_share,
     scaling,
     tokens_per_s,
     trainings,
@@ -182,6 +183,13 @@ def test_attention_is_a_share_of_the_kernels_of_one_process():
     assert attention_share(replace(row, attention_us=20.0, other_us=30.0)) == pytest.approx(0.4)
     assert attention_share(replace(row, world_size=2)) is None
     assert attention_share(made()) is None
+
+
+def test_share_of_products():
+    kernels = "20 product a;12 attention b;10 product c"
+    row = made(attention_us=20.0, other_us=80.0, step_kernels=kernels)
+    assert products_share(row) == pytest.approx(0.3)
+    assert products_share(replace(row, step_kernels=None)) is None
 
 
 def cell_of(row):

@@ -140,6 +140,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "--backends flash",
         f"{TABLE_2.replace(TRAIN, PAIR)} --methods spattention --backends varlen fa4",
     ),
+    "step_kernels": (
+        f"{TABLE_2} --methods standard --backends fa4",
+        f"{TABLE_2} --no-baseline --methods spattention --backends flex varlen",
+        f"{TABLE_2} --no-baseline --methods spattention_released --backends flash",
+    ),
     "train_olmoe_small": tuple(
         f"{how} {SMALL} {cells}" for how in (TRAIN, PAIR) for cells in (DENSE_STEP, SPARSE_STEPS)
     ),
