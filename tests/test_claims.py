@@ -14,6 +14,7 @@ from bench.derived import FLOPS_PER_PAIR, compare
 from bench.paper import MICRO_BENCHMARK
 from bench.readme_proofs import device_spread, host_spread, sweep_seconds, sweeps
 from bench.record import ROOT, read_rows
+from bench.step_kernels import by_kind
 from bench.trainings import SPLIT, missed, trainings
 from methods import METHODS
 from tests.gpu.matrix import DTYPES, HEAD_DIMS, PHASES, SHAPES
@@ -262,3 +263,26 @@ def test_no_committed_time_is_beyond_the_chip():
         assert reason is None, (path.name, p, row.method, row.backend, reason)
         checked += 1
     assert checked > 1000
+
+
+def test_what_is_said_of_the_kernels_of_steps():
+    """The same products at the power cap, slower where less power is left; copies of varlen's."""
+    steps = [x for x in read_rows(H200 / "step_kernels.csv") if x.step_kernels]
+    products = {tuple(sorted(names(x, "product"))) for x in steps}
+    assert len(products) == 1 and all("power cap" in x.throttled for x in steps)
+    spent = {(x.seq_len, x.method, x.backend): by_kind(x.step_kernels) for x in steps}
+    took = sorted((kinds["product"], cell) for cell, kinds in spent.items())
+    assert took[0][1] == (32768, "spattention", "flex")
+    assert {method for _, (_, method, _) in took[-3:]} == {"identity"}
+    copied, fused = (spent[32768, "spattention", x] for x in ("varlen", "flex"))
+    assert 1800 < copied["product"] - fused["product"] < 2200
+    assert 1800 < copied["other"] - fused["other"] < 2300
+    for x in (row for row in steps if row.seq_len == 1024):
+        whole = x.attention_us + x.other_us
+        assert 0.6 < spent[1024, x.method, x.backend]["product"] / whole < 0.73
+        assert spent[1024, x.method, x.backend]["generated"] > 0.2 * whole
+
+
+def names(row, kind):
+    listed = (line.split(" ", 2)[1:] for line in row.step_kernels.split(";"))
+    return {name for own, name in listed if own == kind}

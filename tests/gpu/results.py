@@ -106,7 +106,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{PROFILE} --methods reformer --seq-len 16384 --phases prepare fwd bwd",
     ),
     "profile_references": (
-        f"{PROFILE} --methods longformer bigbird reformer:mode='transformers' --seq-len 4096 16384 "
+        f"{PROFILE} --methods longformer bigbird reformer:mode='transformers' --seq-len 16384 "
         "--dtype float32 --causal False --block-size 32 --backends flex hf",
     ),
     "profile_rivals": (
