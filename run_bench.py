@@ -13,6 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
+# While torch is imported, for seconds, an interrupt just ends this. One that is ignored stays so.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import tyro
 from rich.console import Console
 
@@ -211,5 +215,7 @@ def _list(console: Console) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     raise SystemExit(main())

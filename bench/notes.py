@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from bench.chip import POWER_CAP, SHARED_CORES
-from bench.derived import BASELINE, Board, Cell, Gain, compare, labels
+from bench.derived import BASELINE, ROUNDS, Board, Cell, Gain, compare, labels
 from bench.record import Row
+from bench.stats import FEW
 
 NOTHING = "-"  # where a table has no figure
 PHASE_NAMES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
@@ -120,6 +121,8 @@ def _disturbed(board: Board) -> Iterator[Text]:
     """What was not quiet while the cells were measured, and what to do about it."""
     rows = [row for c in board.cells for x in PHASE_NAMES if (row := board.row(c, x)) is not None]
     wide = sum(row.median_us is not None and half_width(row) > WIDE for row in rows)
+    few = sum(1 < len(row.samples) < FEW for row in rows)
+    times = {tuple(getattr(row, name) for name in ROUNDS) for row in rows if row.rounds}
     shared, capped = (
         sum(what in (row.throttled or "") for row in rows) for what in (SHARED_CORES, POWER_CAP)
     )
@@ -129,6 +132,10 @@ def _disturbed(board: Board) -> Iterator[Text]:
             sum(row.discarded for row in rows),
         f"medians are known to worse than {WIDE:.0%}: end other work on the machine, or take "
         "longer (--seconds).": wide,
+        f"medians are of fewer than {FEW} samples, whose range stands for the interval, and is "
+        "less sure than 99 %: take more --rounds.": few,
+        "runs are in this table, so that its speed-ups hold what has changed between them, too: "
+        "name all --methods and --backends in one request.": len(times) if len(times) > 1 else 0,
         "rows were sampled while others were at work on the same cores, which can make a call "
         "many times too slow: end them, and measure again.": shared,
     }  # fmt: skip

@@ -331,6 +331,8 @@ def _parse(line: bytes, columns: Sequence[str]) -> Row:
     """The row of one line, which is data and nothing else: no field of it is evaluated."""
     csv.field_size_limit(LONGEST)
     (values,) = csv.reader([line.decode()], strict=True)
+    if len(values) != len(columns):
+        raise ValueError(f"{len(values)} fields of {len(columns)}")
     row = Row(**{k: decode(k, v) for k, v in zip(columns, values, strict=True)})
     for name, allowed in (("phase", (*PHASES, STEP)), ("clock", CLOCKS), ("status", STATUSES)):
         if getattr(row, name) not in allowed:
@@ -371,10 +373,7 @@ def _columns(header: bytes, path: Path) -> Sequence[str]:
     for columns in (COLUMNS, *_OLDER):
         if header.decode(errors="replace") == ",".join(columns):
             return columns
-    raise ValueError(
-        f"{path}: not a results file of this version (its first line differs); sweep and train "
-        "write such files"
-    )
+    raise ValueError(f"{path}: not a results file of this version; its first line differs")
 
 
 def encode(value: Any) -> Any:

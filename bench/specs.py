@@ -89,6 +89,11 @@ def _load(path: Path, name: str) -> Method:
     module = _module(path, path.stat().st_mtime_ns)
     found = [key for key, value in vars(module).items() if isinstance(value, Method)]
     method = vars(module).get(name)
+    if isinstance(method, type) and issubclass(method, Method):
+        raise ValueError(
+            f"{name} in {path} is a class, and has to be one of its instances: "
+            f"{name} = {method.__name__}()"
+        )
     if not isinstance(method, Method):
         has = f"it has {', '.join(found)}" if found else "it has no Method at its top level"
         raise ValueError(f"method file {path} has no Method named {name!r}; {has}")
@@ -97,6 +102,8 @@ def _load(path: Path, name: str) -> Method:
         raise ValueError(
             f"{name} in {path} must be a frozen dataclass with a class attribute name"
         )
+    if type(method).mask_mod is Method.mask_mod:
+        raise ValueError(f"{name} in {path} defines no mask_mod, which says what a query sees")
     if method.name in METHODS and type(method) is not type(METHODS[method.name]):
         raise ValueError(f"{name} in {path} is named {method.name!r}, which is a preset's name")
     return method

@@ -14,6 +14,7 @@ from bench.figures import Value
 from bench.notes import NOTHING, WIDE
 from bench.record import Row
 from bench.report import METHOD_WIDTH, fits, plain_table
+from bench.stats import FEW
 from bench.step_attention import IDENTITY
 from bench.trainings import (
     SPLIT,
@@ -101,6 +102,12 @@ def _warnings(training: Training) -> Iterator[str]:
     remedy = "end other work on the machine, or take more --steps"
     if wide:
         yield f"warning: {wide} medians are known to worse than {WIDE:.0%}: {remedy}."
+    few = sum(1 < len(row.samples) < FEW for row in training.rows.values())
+    if few:
+        yield (
+            f"warning: {few} medians are of fewer than {FEW} steps, whose range stands for the "
+            "interval, and is less sure than 99 %: take more --steps."
+        )
     if (training.zero_cost() or 1) < 1 / LIMIT:
         yield f"warning: attention of zero cost was slower than {BASELINE}'s: {remedy}."
     for cell in training.cells:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 if TYPE_CHECKING:
-    from methods.method import Method, Problem
+    from methods.method import MaskMod, Method, Problem
 
 Lists = tuple[Tensor, Tensor]
 STRIP_ELEMENTS = 1 << 24
@@ -37,7 +37,7 @@ def block_mask(
 
     Raises:
         ValueError: block_size is no pair of sizes, there is no such device, or the mask_mod is a
-            bound method.
+            bound method or gives anything but a bool tensor.
     """
     device = _checked(device, block_size)
     mask_mod = method.mask_mod(p, device, state)
@@ -45,6 +45,7 @@ def block_mask(
         raise ValueError(f"{method.name}: mask_mod gives a bound method; it must give a closure")
     evaluate = _grid_of(method, p, device, block_size, state)
     if evaluate is None:
+        _check_gives_bool(mask_mod, method.name, device)
         batch = None if state is None else p.batch
         return create_block_mask(
             mask_mod, batch, p.q_heads, p.seq_len, p.seq_len, device, BLOCK_SIZE=block_size
@@ -55,6 +56,15 @@ def block_mask(
         (p.seq_len, p.seq_len), *partial_kv, *full_kv, *partial_q, *full_q,
         BLOCK_SIZE=block_size, mask_mod=mask_mod,
     )  # fmt: skip
+
+
+def _check_gives_bool(mask_mod: MaskMod, name: str, device: torch.device) -> None:
+    """Numbers would be taken for a mask, and wrongly; of anything else torch says little."""
+    at = torch.zeros((), dtype=torch.int32, device=device)
+    given = mask_mod(at, at, at, at)
+    if not isinstance(given, Tensor) or given.dtype != torch.bool:
+        what = f"a tensor of {given.dtype}" if isinstance(given, Tensor) else repr(given)
+        raise ValueError(f"{name}: mask_mod gives {what}; it must give a tensor of torch.bool")
 
 
 def _checked(device: torch.device | str, block_size: tuple[int, int]) -> torch.device:

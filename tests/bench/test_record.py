@@ -80,7 +80,7 @@ def test_replace_leaves_only_the_given_rows_and_keeps_the_lock(tmp_path):
     [
         (lambda text: "a,b\n" + text, "not a results file"),
         (lambda text: text.replace("bfloat16,True", "bfloat16,maybe"), "line 2: damaged"),
-        (lambda text: text + "short,line\n", "line 3: damaged"),
+        (lambda text: text + "short,line\n", f"line 3: damaged .2 fields of {len(COLUMNS)}"),
         (lambda text: text + "\n", "line 3: damaged"),
         (lambda text: text.replace("spattention", 'spatt"ention,"'), "line 2: damaged"),
         (lambda text: text[:-1] + '"open\n', "line 2: damaged .unexpected end"),

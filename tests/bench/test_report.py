@@ -82,6 +82,17 @@ def test_what_disturbed_a_measurement_comes_with_a_remedy():
     assert "1 rows met the chip's power cap, which is normal" in text
 
 
+def test_of_few_samples_and_of_several_runs_it_is_said_what_they_are_not():
+    few = {"samples_us": "90;100;110", "rounds": "0;1;2", "time_utc": "2026-01-01T00:00:00Z"}
+    rows = [make_row(**DENSE, median_us=100.0, **few), make_row(**SPARSE, median_us=100.0, **few)]
+    text = printed(rows)
+    assert "warning: 2 medians are of fewer than 8 samples" in text and "runs are in" not in text
+    later = replace(rows[1], time_utc="2026-01-01T00:00:01Z")
+    assert "warning: 2 runs are in this table" in printed([rows[0], later])
+    alone = replace(later, rounds=None)
+    assert "runs are in this table" not in printed([rows[0], alone])
+
+
 def test_the_fastest_backend_of_each_method_is_named():
     rows = [
         make_row(method=method, backend=backend, median_us=us)

@@ -103,6 +103,11 @@ def test_a_file_beside_it_takes_no_preset_s_name(tmp_path, monkeypatch):
         ("raise SystemExit(5)", "SystemExit: 5"),
         (MINE.replace('"every"', '"standard"'), "is a preset's name"),
         (MINE.replace("@dataclass(frozen=True)", ""), "frozen dataclass"),
+        (
+            MINE.replace("METHOD = Every()", "METHOD = Every"),
+            r"METHOD in .* is a class, and has to be one of its instances: METHOD = Every\(\)",
+        ),
+        (MINE.replace("def mask_mod", "def mask"), "METHOD in .* defines no mask_mod, which says"),
     ],
 )
 def test_a_file_that_defines_no_usable_method(mine, source, message):

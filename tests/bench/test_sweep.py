@@ -1,7 +1,9 @@
 """The command line from end to end: a real process, its CSV, its exit status, its refusals."""
 
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,3 +244,17 @@ def test_the_command_line_is_its_own_help():
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 0
     assert "--seq-len" in answer.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds what is loaded in /proc")
+def test_an_interrupt_while_torch_is_imported_leaves_no_traceback():
+    command = [sys.executable, str(Path(run_bench.__file__)), "list"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGINT

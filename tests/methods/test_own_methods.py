@@ -230,6 +230,29 @@ def test_a_bound_method_is_no_mask_mod(by_grid: bool) -> None:
         block_mask(Bound(by_grid), problem(40), "cpu")
 
 
+@pytest.mark.parametrize(
+    ("gives", "what"),
+    [
+        (lambda b, h, q, k: (q >= k).float(), "a tensor of torch.float32"),
+        (lambda b, h, q, k: None, "None"),
+        (lambda b, h, q, k: True, "True"),
+    ],
+)
+def test_a_mask_is_of_bool(gives: Any, what: str) -> None:
+    """Of numbers torch makes a mask without a word."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(Method):
+        name: ClassVar[str] = "own"
+
+        def mask_mod(self, p: Problem, device: torch.device, state: Any = None) -> Any:
+            return gives
+
+    message = f"^own: mask_mod gives {what}; it must give a tensor of torch.bool$"
+    with pytest.raises(ValueError, match=message):
+        block_mask(Own(), problem(40), "cpu")
+
+
 @pytest.mark.parametrize("device", ["nope", "cpu:x", "meta", None])
 def test_devices_that_compute_nothing(device: Any) -> None:
     with pytest.raises(ValueError) as error:
