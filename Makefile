@@ -30,7 +30,7 @@ paper: .venv/installed
 test: .venv/installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest -n auto $(ARGS)
 
 readme: .venv/installed
 	.venv/bin/python -m bench.readme

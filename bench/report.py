@@ -176,6 +176,8 @@ def _columns(board: Board, tokens: bool) -> list[Column]:
     def each(header: str, keep: int, text: Callable[[Cell], str]) -> Column:
         return Column(header, [text(cell) for cell in board.cells], keep)
 
+    rates = [rate.value for cell in board.cells if (rate := board.tflop_per_s(cell))]
+    digits = 1 if min(rates, default=1) >= 1 else 3  # of a CPU
     columns = [
         _times(board, "fwd", 9),
         _times(board, "bwd", 5),
@@ -186,7 +188,7 @@ def _columns(board: Board, tokens: bool) -> list[Column]:
         each("ideal\nelements", 3, lambda cell: _number(board.ideal_by_elements(cell), 2)),
         each("ideal\nblocks", 4, lambda cell: _number(board.ideal_by_blocks(cell), 2)),
         each("effi-\nciency", 6, lambda cell: _gain(board.efficiency(cell))),
-        each("TFLOP/s", 2, lambda cell: _gain(board.tflop_per_s(cell), 1)),
+        each("TFLOP/s", 2, lambda cell: _gain(board.tflop_per_s(cell), digits)),
         each("% of\nmatmul", 3, lambda cell: _gain(board.percent_of_matmul(cell), 1)),
         each("peak\nmemory", 1, lambda cell: _bytes(board.peak_bytes(cell))),
     ]

@@ -132,7 +132,10 @@ def train(request: Train, console: Console) -> int:
         ranks.end(status)  # the others wait for it, and need not for figures
     print_training(rows, console)
     drawn = draw_training(rows, plots)
-    told = f"rows: {path}\nfigures: {plots} ({len(drawn)} files)"
+    pictured = f"figures: {plots} ({len(drawn)} files)"
+    if not drawn:
+        pictured = "no figures: they are of several lengths, or of a text's losses"
+    told = f"rows: {path}\n{pictured}"
     console.print(told, highlight=False, markup=False)
     return status
 

@@ -39,11 +39,12 @@ def draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
     # The newest has the bare name: tables take it.
     newest = sorted(grouped.items(), key=lambda x: max(t.measured for t in x[1]), reverse=True)
     for (stem, *_), found in newest:
-        folder.mkdir(parents=True, exist_ok=True)
         found.sort(key=lambda training: training.head.seq_len)
         seen[stem] += 1
         if seen[stem] > 1:  # of another machine, type, recipe or version of a text
             stem = f"{stem}_{seen[stem]}"
+        if len(found) > 1 or found[0].head.data != "random":
+            folder.mkdir(parents=True, exist_ok=True)
         looks = styles(cell for training in found for cell in training.cells)
         if len(found) > 1:
             written += save(_rates(found, looks), folder / f"training_tokens_per_s_{stem}")

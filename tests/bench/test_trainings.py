@@ -283,6 +283,11 @@ def test_figures_of_other_data_tokens_or_recipes_are_other_files(tmp_path):
     assert "training_loss_m_1_8192_a_2_2048" in names
 
 
+def test_of_one_length_and_no_text_there_is_no_figure_and_no_folder(tmp_path):
+    assert draw_training([made(backend="flex")], tmp_path / "plots") == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_newest_recipe_has_the_bare_name(tmp_path):
     def rows(recipe, day, us):
         return [made("standard", us, backend="flex", seq_len=n, batch=4096 // n, recipe=recipe,
