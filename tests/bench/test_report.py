@@ -50,7 +50,7 @@ def test_figures_of_a_row():
     ]  # fmt: skip
     assert line_of(text, "standard", "sdpa") == [
         "standard", "sdpa", "-", "-", "300", "±1.0%", "13.7", "M", "1.00", "1.00", "1.00", "-",
-        "1.00", "0.0", "-",
+        "1.00", "0.005", "-",
     ]  # fmt: skip
     assert "3.00 GiB" in text
     title = "N 4096 · batch 1 · 8 heads · head_dim 128 · bfloat16 · causal · blocks 128x128"
