@@ -29,6 +29,7 @@ from bench.profile import Profile, is_profile, print_profile, profile, read_prof
 from bench.record import STEP, Row, read_rows
 from bench.request import Sweep, named_device
 from bench.specs import parameters_text
+from bench.style import drawn_into
 from bench.sweep import sweep
 from bench.train import Train, train
 from bench.train_figures import draw_training
@@ -183,7 +184,7 @@ def _plot(command: Plot, console: Console) -> int:
     swept = [row for row in rows if _cell_of_run(row) not in trained]  # no step's own call
     drawn = figures.draw_all(swept, folder) + draw_backends(swept, folder)
     drawn += draw_training(rows, folder)
-    console.print(f"figures: {folder} ({len(drawn)} files)", highlight=False, markup=False)
+    console.print(drawn_into(folder, len(drawn)), highlight=False, markup=False)
     return 0
 
 

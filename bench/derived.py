@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -218,3 +218,17 @@ def labels(cells: Sequence[Cell]) -> list[str]:
     for cell in cells:
         variants[cell.method].add(cell.params)
     return [cell.label if len(variants[cell.method]) > 1 else cell.method for cell in cells]
+
+
+def by_kind(step_kernels: str) -> Counter[str]:
+    """Microseconds of a step by kind of kernel, from what its row says."""
+    found: Counter[str] = Counter()
+    try:
+        for line in step_kernels.split(";"):
+            us, kind, _ = line.split(" ", 2)
+            found[kind] += float(us)
+    except ValueError:
+        raise ValueError(
+            f"step_kernels is {step_kernels[:80]!r}, not lists of us, kind and name"
+        ) from None
+    return found

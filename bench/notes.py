@@ -15,6 +15,10 @@ from bench.stats import FEW
 NOTHING = "-"  # where a table has no figure
 PHASE_NAMES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
 WIDE = 0.05  # from here on an interval, to its farther side, deserves a word
+FEW_TOLD = (
+    f"medians are of fewer than {FEW} samples, whose range stands for the interval and is less "
+    "sure than 99 %"
+)
 STYLES = {
     "mismatch": "bold red", "crash": "bold red", "oom": "yellow", "timeout": "yellow",
     "unsupported": "dim", NOTHING: "dim",
@@ -121,8 +125,8 @@ def _disturbed(board: Board) -> Iterator[Text]:
     """What was not quiet while the cells were measured, and what to do about it."""
     rows = [row for c in board.cells for x in PHASE_NAMES if (row := board.row(c, x)) is not None]
     wide = sum(row.median_us is not None and half_width(row) > WIDE for row in rows)
-    few = sum(1 < len(row.samples) < FEW for row in rows)
-    times = {tuple(getattr(row, name) for name in ROUNDS) for row in rows if row.rounds}
+    few = sum(0 < len(row.samples) < FEW for row in rows)
+    runs = {tuple(getattr(row, name) for name in ROUNDS) for row in rows if row.rounds}
     shared, capped = (
         sum(what in (row.throttled or "") for row in rows) for what in (SHARED_CORES, POWER_CAP)
     )
@@ -132,10 +136,9 @@ def _disturbed(board: Board) -> Iterator[Text]:
             sum(row.discarded for row in rows),
         f"medians are known to worse than {WIDE:.0%}: end other work on the machine, or take "
         "longer (--seconds).": wide,
-        f"medians are of fewer than {FEW} samples, whose range stands for the interval, and is "
-        "less sure than 99 %: take more --rounds.": few,
+        f"{FEW_TOLD}: take more --rounds.": few,
         "runs are in this table, so that its speed-ups hold what has changed between them, too: "
-        "name all --methods and --backends in one request.": len(times) if len(times) > 1 else 0,
+        "name all --methods and --backends in one request.": len(runs) if len(runs) > 1 else 0,
         "rows were sampled while others were at work on the same cores, which can make a call "
         "many times too slow: end them, and measure again.": shared,
     }  # fmt: skip

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bench.derived import Cell
+from bench.derived import Cell, by_kind
 from bench.notes import NOTHING
+from bench.readme_training import titles
 from bench.record import Row
 from bench.step_attention import IDENTITY
-from bench.step_kernels import by_kind
 from bench.tables import markdown
-from bench.train_report import title
 from bench.trainings import Training, latest, trainings
 
 HEADS = (
@@ -29,16 +28,16 @@ def step_kernels(rows: Sequence[Row]) -> str:
     lines = [line for x in found for cell in x.cells for line in _line(x, cell)]
     if not lines:
         raise ValueError("no row has kernels of a step")
-    titles = "; ".join(dict.fromkeys(title(x.head, length=False) for x in found))
     most = max(row.matmul_tflop_s or 0 for x in found for row in x.rows.values())
     return "\n".join([
         *markdown(HEADS, lines, numbers=(0, *range(3, len(HEADS)))),
         "",
-        "Milliseconds of a step, by its kernels' names: attention; products, all but attention's "
-        f"own, with what they reach of a large product's rate on that chip, {most:.0f} TFLOP/s at "
-        "most; what torch.compile generates for elementwise work and reductions; AdamW; others. "
-        "`no kernel` is below 0 where kernels overlap. The clock was read after the steps "
-        f"that were timed. {titles}.",
+        "Milliseconds of a step, the mean of a few that CUPTI looked at after those that were "
+        "timed, by the names of its kernels: attention; products, all but attention's own, with "
+        "what they reach of a large product's rate on the same chip by the same process, "
+        f"{most:.0f} TFLOP/s at most; what torch.compile generates for elementwise work and "
+        "reductions; AdamW; others. `no kernel` is below 0 where kernels overlap. The clock was "
+        f"read after the steps that were timed. {titles(found)}.",
     ])  # fmt: skip
 
 
@@ -56,7 +55,7 @@ def _line(found: Training, cell: Cell) -> Iterator[tuple[str, ...]]:
 
 
 def _rate(found: Training, row: Row, us: float) -> str:
-    """Of products that are no attention's: those of the model without it."""
+    """FLOPs of the model without attention over the time of products, and over the chip's rate."""
     bare = found.rows.get(found.best(IDENTITY.name, None))
     if not (us and bare and bare.model_flops and row.matmul_tflop_s):
         return NOTHING

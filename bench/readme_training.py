@@ -10,7 +10,7 @@ from bench.derived import BASELINE, Cell, in_order, labels
 from bench.docstrings import Source
 from bench.notes import NOTHING
 from bench.paper_speeds import EAGER, TABLE_2_MODEL, UNCOMPILED_MODEL
-from bench.readme_aims import aims
+from bench.readme_aims import aims, as_released
 from bench.readme_speeds import INTERVALS, WIDE, times
 from bench.record import Row
 from bench.report import quantity
@@ -74,7 +74,7 @@ def training_summary(rows: Sequence[Row]) -> str:
     caption = (
         "Tokens/s of training steps, each method on the fastest backend that it was measured on; "
         f"in brackets over `{BASELINE}` on its own{INTERVALS}. `{IDENTITY.name}` is q + k + v "
-        f"in place of attention: no method gets above it. {_titles(found)}.{notes}"
+        f"in place of attention: no method gets above it. {titles(found)}.{notes}"
     )
     return "\n".join([*markdown(heads, lines, numbers=range(1, len(heads))), "", caption])
 
@@ -117,7 +117,7 @@ def model_table(found: Sequence[Training], rows: Sequence[Row], memory: bool = F
     )
     notes = _beyond(found) + _notes([(x, cell) for x in found for cell in _cells([x])])
     caption = _caption(found, memory, scaled=len(columns) > len(found))
-    return "\n".join([*table, "", f"{caption} {_titles(found)}.{notes}"])
+    return "\n".join([*table, "", f"{caption} {titles(found)}.{notes}"])
 
 
 def _caption(found: Sequence[Training], memory: bool, scaled: bool) -> str:
@@ -148,7 +148,8 @@ def _cells(found: Sequence[Training]) -> list[Cell]:
     return sorted(cells, key=lambda c: (c.method == IDENTITY.name, methods.index(c.method)))
 
 
-def _titles(found: Sequence[Training]) -> str:
+def titles(found: Sequence[Training]) -> str:
+    """What trains, each setting once."""
     return "; ".join(dict.fromkeys(title(x.head, length=False) for x in found))
 
 
@@ -261,7 +262,7 @@ def paper_setting(found: Sequence[Training]) -> Iterator[str]:
         for cell in _cells([x])
         if cell.method in methods and cell.backend in (backend, IDENTITY.name)
     )
-    titles = _titles([x for _, x, _ in columns])
+    shapes = titles([x for _, x, _ in columns])
     theirs = f"the paper, {paper.TABLE_2_GPUS} x {paper.TABLE_2_GPU}"
     heads = ("method", *(name for name, *_ in columns), theirs)
     yield "#### The paper's setting"
@@ -270,8 +271,10 @@ def paper_setting(found: Sequence[Training]) -> Iterator[str]:
         f"Tokens/s; in brackets over `{BASELINE}` in the same column{INTERVALS}. `{EAGER}` is "
         "FlexAttention as the released code calls it, not compiled, and `flex` the same call "
         f"compiled, in a model that is not. `{IDENTITY.name}`, q + k + v in place of attention, "
-        f"is the ceiling: no attention gets above it. {titles}.{notes}"
+        f"is the ceiling: no attention gets above it. {shapes}.{notes}"
     )
+    told = (as_released(x) for _, x, backend in columns if backend == EAGER)
+    yield from filter(None, told)
 
 
 def _paper_columns(found: Sequence[Training]) -> list[tuple[str, Training, str]]:

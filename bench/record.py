@@ -67,7 +67,8 @@ class Row:
         attention_us, other_us: time of the device in attention and in other kernels, in one step.
         recipe: steps, warm-up, learning rate and seed.
         heads: of a text's training, how much heads differ: what `bench/trained_heads.py` writes.
-        step_kernels: microseconds a step, kind and name, longest first; semicolon-separated.
+        step_kernels: microseconds, kind and name, the longest first, small ones of a kind in one;
+            semicolon-separated.
     """
 
     run: str

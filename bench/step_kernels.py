@@ -23,7 +23,7 @@ ATTENTION = re.compile(
 KINDS = {
     "product": re.compile(r"gemm|gemv|nvjet|splitk|triton_tem_\w*mm", re.IGNORECASE),
     "optimizer": re.compile(r"adam", re.IGNORECASE),
-    "generated": re.compile(r"^triton_"),  # by torch.compile: elementwise work and reductions
+    "generated": re.compile(r"^triton_"),  # by torch.compile: as a rule elementwise or reductions
     "other": re.compile(""),
 }
 LEAST_SHARE = 0.005  # of a step; kernels of a kind that take less are put together
@@ -33,7 +33,7 @@ WARM_US = 1e6
 COUNTED = 5  # steps after them
 
 
-class Split(NamedTuple):
+class Parts(NamedTuple):
     """Where a step's time goes, as its row has it; None on a CPU, where CUPTI sees nothing."""
 
     attention_us: float | None = None
@@ -43,20 +43,21 @@ class Split(NamedTuple):
 
 def kernel_split(
     step: Callable[[], None], device: torch.device, step_us: float, is_attention: bool
-) -> Split:
+) -> Parts:
     """Microseconds of a step in kernels of attention, by their names, and of the rest of it.
 
     The rest is other kernels, less what of them runs beside attention, and what no kernel fills.
-    Together they are what a step took while CUPTI looked on.
+    Together they are what a step took while CUPTI looked on; both are None where no kernel is
+    named for attention though there is some. Beside them all kernels of a step, one by one.
 
     Args:
         step_us: of a step in the middle of a training.
 
     Raises:
-        RuntimeError: CUPTI missed kernels, or none is named for attention though there is some.
+        RuntimeError: CUPTI missed kernels.
     """
     if device.type == "cpu":
-        return Split()
+        return Parts()
     boundary = _boundary(device)
     torch.cuda.synchronize(device)
     names = {event.name for event in timing.kernel_events(boundary, device)}
@@ -75,10 +76,11 @@ def kernel_split(
     spans = [(x.name, x.time_range.start, x.time_range.end) for x in events]
     counted = [span for span in spans if span[1] >= start]
     attention = covered([span[1:] for span in counted if ATTENTION.search(span[0])])
-    if is_attention and not attention:
-        raise RuntimeError("no kernel of the step is named for attention")
     whole = max(end for _, _, end in counted) - start
-    return Split(attention / COUNTED, (whole - attention) / COUNTED, _listed(counted, whole))
+    listed = _listed(counted, whole)
+    if is_attention and not attention:
+        return Parts(step_kernels=listed)
+    return Parts(attention / COUNTED, (whole - attention) / COUNTED, listed)
 
 
 def kind_of(name: str) -> str:
@@ -99,15 +101,6 @@ def _listed(counted: Sequence[tuple[str, float, float]], whole: float) -> str:
     return ";".join(
         f"{us / COUNTED:.6g} {kind} {name}" for (kind, name), us in shown.most_common()
     )
-
-
-def by_kind(step_kernels: str) -> Counter[str]:
-    """Microseconds of a step by kind of kernel, from what its row says."""
-    found: Counter[str] = Counter()
-    for line in step_kernels.split(";"):
-        us, kind, _ = line.split(" ", 2)
-        found[kind] += float(us)
-    return found
 
 
 def _boundary(device: torch.device) -> timing.Call:

@@ -292,6 +292,8 @@ class _Training:
             torch.cuda.empty_cache()  # CUPTI asks the device for memory, not torch
         try:
             facts |= kernel_split(self.step, self.device, step_us, is_attention)._asdict()
+            if facts["step_kernels"] and facts["attention_us"] is None:
+                self.prepared.uncaptured[STEP] = "not split: no kernel is named for attention"
         except CELL_ERRORS as error:
             raise_if_lost(self.device)
             self.prepared.uncaptured[STEP] = f"not split by kernels: {one_line(error)}"

@@ -80,3 +80,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         figure.savefig(paths[0], metadata={"Software": None})
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
+
+
+def drawn_into(folder: Path, files: int) -> str:
+    """Where figures are, in a line; a training has some of several lengths, or of a text."""
+    return f"figures: {folder} ({files} files)" if files else "no figures: nothing to draw"

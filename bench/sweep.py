@@ -22,6 +22,7 @@ from bench.recall import Memory
 from bench.record import Environment, Row, Store, code_hash
 from bench.request import Sweep, destination, expand, left_out, title
 from bench.specs import AUTHOR_ERRORS, parameters_text, parse_method, source_file
+from bench.style import drawn_into
 from bench.worker import Worker
 
 CLOCK_ASKED = {"device": "device", "kernels": "device", "host": "host"}
@@ -173,7 +174,7 @@ def _say_where(
     csv_path: Path, plots: Path, drawn: int, spent: dict[str, float], console: Console
 ) -> None:
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
-    _say(console, f"rows: {csv_path}\nfigures: {plots} ({drawn} files)")
+    _say(console, f"rows: {csv_path}\n{drawn_into(plots, drawn)}")
     _say(console, f"time: {sum(spent.values()):.0f} s ({parts})")
 
 

@@ -42,6 +42,7 @@ from bench.request import (
 from bench.specs import parameters_text, parse_method, source_file
 from bench.step_attention import BLOCK, IDENTITY, trains
 from bench.steps import Job, compile_bytes, compile_first, method_of, unfinished
+from bench.style import drawn_into
 from bench.text import read_text, text_name
 from bench.train_figures import draw_training
 from bench.train_report import one_line, print_training
@@ -132,10 +133,7 @@ def train(request: Train, console: Console) -> int:
         ranks.end(status)  # the others wait for it, and need not for figures
     print_training(rows, console)
     drawn = draw_training(rows, plots)
-    pictured = f"figures: {plots} ({len(drawn)} files)"
-    if not drawn:
-        pictured = "no figures: they are of several lengths, or of a text's losses"
-    told = f"rows: {path}\n{pictured}"
+    told = f"rows: {path}\n{drawn_into(plots, len(drawn))}"
     console.print(told, highlight=False, markup=False)
     return status
 

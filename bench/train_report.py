@@ -11,7 +11,7 @@ from rich.text import Text
 from bench.compare import LIMIT
 from bench.derived import BASELINE, Cell, labels
 from bench.figures import Value
-from bench.notes import NOTHING, WIDE
+from bench.notes import FEW_TOLD, NOTHING, WIDE
 from bench.record import Row
 from bench.report import METHOD_WIDTH, fits, plain_table
 from bench.stats import FEW
@@ -42,8 +42,8 @@ LEGEND = {
     "Amdahl": "what the speed-up of the attention call by itself allows",
     "zero\ncost": "what attention that costs nothing would give",
     "% of\nmatmul": "the model's FLOPs over what a large matrix product reaches on this chip",
-    "attention": "its kernels' share of the step, by their names, so that what varlen copies to "
-    "pack its sequences counts as the rest",
+    "attention": "its kernels' share of the step, by their names, so that what is copied for a "
+    "kernel, as it is on every backend outside the compiled graph, counts as the rest",
     "products": "the share of matrix products that are no attention's, likewise",
     "loss": "of the last timed step",
     "scaling": "tokens/s over those of one process times processes",
@@ -102,12 +102,9 @@ def _warnings(training: Training) -> Iterator[str]:
     remedy = "end other work on the machine, or take more --steps"
     if wide:
         yield f"warning: {wide} medians are known to worse than {WIDE:.0%}: {remedy}."
-    few = sum(1 < len(row.samples) < FEW for row in training.rows.values())
+    few = sum(0 < len(row.samples) < FEW for row in training.rows.values())
     if few:
-        yield (
-            f"warning: {few} medians are of fewer than {FEW} steps, whose range stands for the "
-            "interval, and is less sure than 99 %: take more --steps."
-        )
+        yield f"warning: {few} {FEW_TOLD}: take more --steps."
     if (training.zero_cost() or 1) < 1 / LIMIT:
         yield f"warning: attention of zero cost was slower than {BASELINE}'s: {remedy}."
     for cell in training.cells:

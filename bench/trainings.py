@@ -14,11 +14,10 @@ from functools import cached_property
 from statistics import fmean, variance
 from typing import NamedTuple
 
-from bench.derived import BASELINE, Cell, cell_of, compare, in_order, problem_of
+from bench.derived import BASELINE, Cell, by_kind, cell_of, compare, in_order, problem_of
 from bench.figures import Value
 from bench.record import STEP, Row
 from bench.step_attention import IDENTITY
-from bench.step_kernels import by_kind
 
 PART = 0.1  # of the steps at either end, whose mean losses are compared
 ERRORS = 3  # standard errors of their difference that are no noise

@@ -37,7 +37,7 @@ def block_mask(
 
     Raises:
         ValueError: block_size is no pair of sizes, there is no such device, or the mask_mod is a
-            bound method or gives anything but a bool tensor.
+            bound method or, of a method without a `grid`, gives anything but a bool tensor.
     """
     device = _checked(device, block_size)
     mask_mod = method.mask_mod(p, device, state)

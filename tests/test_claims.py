@@ -5,17 +5,17 @@ A table that is made again and breaks its claim fails here.
 
 import csv
 from collections import Counter, defaultdict
+from statistics import correlation
 
 import pytest
 
 from bench.ceilings import Ceilings, Needed, beyond, cold_bytes
 from bench.compare import APART_AT_CAP, APART_ON_HOST
-from bench.derived import FLOPS_PER_PAIR, compare
+from bench.derived import FLOPS_PER_PAIR, by_kind, compare
 from bench.paper import MICRO_BENCHMARK
 from bench.readme_proofs import device_spread, host_spread, sweep_seconds, sweeps
 from bench.record import ROOT, read_rows
-from bench.step_kernels import by_kind
-from bench.trainings import SPLIT, missed, trainings
+from bench.trainings import SPLIT, missed, quotient, trainings
 from methods import METHODS
 from tests.gpu.matrix import DTYPES, HEAD_DIMS, PHASES, SHAPES
 from tests.kills import KINDS
@@ -197,11 +197,12 @@ def test_steps_are_split_into_attention_and_the_rest_within_3_percent(n):
         assert (row.attention_us == 0) == (row.method == "identity")
 
 
-def test_a_long_step_reaches_95_percent_of_what_amdahl_allows():
+def test_a_long_step_reaches_93_to_101_percent_of_what_amdahl_allows():
     rows = read_rows(H200 / "train_table2.csv")
     (training,) = (x for x in trainings(rows) if (x.head.seq_len, x.head.world_size) == (32768, 1))
     best = training.best("spattention", None)
-    assert training.speedup(best).y >= 0.95 * training.amdahl(best).y
+    share = quotient(training.speedup(best), training.amdahl(best))
+    assert share.y >= 0.95 and (round(share.low, 2), round(share.high, 2)) == (0.93, 1.01)
     assert training.zero_cost() > training.speedup(best).y
 
 
@@ -266,21 +267,30 @@ def test_no_committed_time_is_beyond_the_chip():
 
 
 def test_what_is_said_of_the_kernels_of_steps():
-    """The same products at the power cap, slower where less power is left; copies of varlen's."""
     steps = [x for x in read_rows(H200 / "step_kernels.csv") if x.step_kernels]
     products = {tuple(sorted(names(x, "product"))) for x in steps}
     assert len(products) == 1 and all("power cap" in x.throttled for x in steps)
     spent = {(x.seq_len, x.method, x.backend): by_kind(x.step_kernels) for x in steps}
-    took = sorted((kinds["product"], cell) for cell, kinds in spent.items())
-    assert took[0][1] == (32768, "spattention", "flex")
-    assert {method for _, (_, method, _) in took[-3:]} == {"identity"}
-    copied, fused = (spent[32768, "spattention", x] for x in ("varlen", "flex"))
-    assert 1800 < copied["product"] - fused["product"] < 2200
-    assert 1800 < copied["other"] - fused["other"] < 2300
+
+    def more(n, kind, backend="varlen", method="spattention"):
+        return spent[n, method, backend][kind] - spent[n, "spattention", "flex"][kind]
+
+    assert 1800 < more(32768, "product") < 2200
+    assert all(more(n, "product") < 0 for n in (1024, 8192))
+    for n in (1024, 8192, 32768):
+        assert 1800 < more(n, "other", "flash", "spattention_released") < 2400
+        assert 1800 < more(n, "other") < 2400
     for x in (row for row in steps if row.seq_len == 1024):
-        whole = x.attention_us + x.other_us
-        assert 0.6 < spent[1024, x.method, x.backend]["product"] / whole < 0.73
-        assert spent[1024, x.method, x.backend]["generated"] > 0.2 * whole
+        whole, kinds = x.attention_us + x.other_us, spent[1024, x.method, x.backend]
+        assert 0.6 < kinds["product"] / whole < 0.73 and 0.2 < kinds["generated"] / whole < 0.24
+
+
+def test_the_rest_of_a_long_step_is_shorter_at_a_higher_clock():
+    """That is all that speaks for the power cap as the reason."""
+    rows = [x for x in read_rows(H200 / "train_table2.csv") if x.other_us]
+    for n, least in ((8192, 0.8), (32768, 0.85)):
+        clocks, rest = zip(*((x.sm_mhz, x.other_us) for x in rows if x.seq_len == n), strict=True)
+        assert len(clocks) == 20 and correlation(clocks, rest) < -least
 
 
 def names(row, kind):

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from bench.docstrings import Source
-from bench.readme_aims import PROTOTYPE, aims
+from bench.paper_speeds import EAGER, UNCOMPILED_MODEL
+from bench.readme_aims import PROTOTYPE, aims, as_released
 from bench.readme_steps import step_kernels
 from bench.readme_training import latest, model_table, training, training_summary
 from bench.tables import write_table
@@ -194,8 +195,9 @@ def test_the_papers_setting_is_beside_its_rates(tmp_path):
         "`spattention_released`": ["5.12 M (0.50x)", "41.0 M (2.00x)", "-", "6167 (1.92x)"],
         "`identity`": ["81.9 M (8.00x)", "81.9 M (4.00x)", "-", "-"],
     }
-    assert "table2 uncompiled" in text.splitlines()[-1]
-    assert text.endswith(
+    caption, aimed = text.split("\n\n")[-2:]
+    assert "table2 uncompiled" in caption and aimed.startswith("Aimed at, as above, were 39.8 k")
+    assert caption.endswith(
         "unobserved: +31.5% `spattention_released` on flex, N = 1024, table2 uncompiled."
     )
     assert "paper" not in page([step()], tmp_path)
@@ -222,6 +224,21 @@ def test_a_summary_has_each_method_on_its_fastest_backend(tmp_path):
     assert "2 processes" not in caption
 
 
+def test_what_was_aimed_at_as_released_is_said_with_what_was_reached():
+    size = {"model": UNCOMPILED_MODEL, "backend": EAGER, "batch": 4, "seq_len": 1024}
+    loose = {"ci_low_us": 300_000.0, "ci_high_us": 500_000.0}
+    rows = [step(us=100_000.0, **size), step("spattention_released", us=390_000.0, **size)]
+    (found,) = trainings(rows)
+    assert as_released(found) == (
+        "Aimed at, as above, were 39.8 k with `standard` on `eager` (102%: reached) and 13.0 k "
+        "with `spattention_released` on `eager` (80%: missed)."
+    )
+    (found,) = trainings([replace(rows[1], **loose)])
+    assert "(80%: neither reached nor missed for certain)" in as_released(found)
+    (found,) = trainings([step(**size | {"backend": "flex"})])
+    assert as_released(found) is None
+
+
 def test_where_steps_spend_their_time():
     """Products' rate is that of the model without attention; nothing is told of other steps."""
     kernels = "20000 product a;6000 attention b;3000 product c;2000 generated d;500 other e"
@@ -237,7 +254,7 @@ def test_where_steps_spend_their_time():
         "| 1024 | `standard` | flex | 32.0 | 6.0 | 23.0 | 50% | 2.0 | 0.0 | 0.5 | 0.5 | 900 MHz |",
         "| 1024 | `identity` | identity | 32.0 | 0.0 | 28.8 | 40% | 1.0 | 0.0 | 0.0 | 2.2 | - |",
     ]
-    assert "large product's rate on that chip, 800 TFLOP/s at most" in caption
+    assert "by the same process, 800 TFLOP/s at most" in caption
     assert "table2" in caption and "4096 tokens a step" in caption
     with pytest.raises(ValueError, match="no row has kernels of a step"):
         step_kernels([step()])

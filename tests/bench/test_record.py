@@ -199,7 +199,7 @@ def test_the_code_hash_covers_a_users_file(tmp_path):
     assert len({first, code_hash([file]), code_hash()}) == 3
 
 
-@pytest.mark.parametrize("first", ["model", "recipe"])
+@pytest.mark.parametrize("first", ["model", "recipe", "heads", "step_kernels"])
 def test_a_file_from_before_the_columns_of_training_is_read_and_gone_on_with(tmp_path, first):
     path, row = tmp_path / "a.csv", make_row(reason="one, two")
     with Store(path) as store:

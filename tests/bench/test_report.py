@@ -94,6 +94,8 @@ def test_of_few_samples_and_of_several_runs_it_is_said_what_they_are_not():
     assert "warning: 2 medians are of fewer than 8 samples" in text and "runs are in" not in text
     later = replace(rows[1], time_utc="2026-01-01T00:00:01Z")
     assert "warning: 2 runs are in this table" in printed([rows[0], later])
+    single = [replace(row, samples_us="100", rounds="0") for row in rows]
+    assert "warning: 2 medians are of fewer than 8 samples" in printed(single)
     alone = replace(later, rounds=None)
     assert "runs are in this table" not in printed([rows[0], alone])
 

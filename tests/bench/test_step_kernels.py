@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bench import step_kernels, steps
-from bench.step_kernels import COUNTED, WARM_US, Split, by_kind, kernel_split, kind_of
+from bench.derived import by_kind
+from bench.step_kernels import COUNTED, WARM_US, Parts, kernel_split, kind_of
 from bench.steps import World
-from tests.bench.training import CPU, job
+from tests.bench.training import CPU, job, step_row
 
 CUDA = torch.device("cuda:0")
 STEP = (
@@ -60,11 +61,11 @@ def test_a_step_is_kernels_of_attention_and_the_rest(monkeypatch):
     )
     assert split.step_kernels == listed
     unnamed = Device(monkeypatch, [STEP[1], STEP[3]])
-    with pytest.raises(RuntimeError, match="no kernel of the step is named for attention"):
-        kernel_split(unnamed.step, CUDA, WARM_US, True)
+    listed = "20 other ncclDevKernel;10 product nvjet_sm90_tst_128x256"
+    assert kernel_split(unnamed.step, CUDA, WARM_US, True) == Parts(None, None, listed)
     split = kernel_split(unnamed.step, CUDA, WARM_US, False)
     assert split[:2] == pytest.approx((0, 100 - 55 / COUNTED))
-    assert kernel_split(unnamed.step, CPU, WARM_US, True) == Split(None, None, None)
+    assert kernel_split(unnamed.step, CPU, WARM_US, True) == Parts(None, None, None)
 
 
 def test_steps_of_a_rested_chip_run_first_and_do_not_count(monkeypatch):
@@ -137,7 +138,21 @@ def test_a_step_that_cannot_be_split_keeps_its_time(monkeypatch):
     assert row.reason == "not split by kernels: RuntimeError: CUPTI has no memory"
 
 
-@pytest.mark.parametrize(("world", "split"), [(World(), Split(3.0, 4.0)), (World(0, 2), None)])
+def test_of_a_step_whose_attention_has_no_name_there_are_its_kernels(monkeypatch):
+    """As of FlexAttention that is not compiled: products and elementwise work, like any other."""
+    parts = Parts(step_kernels="9 product bmm")
+    monkeypatch.setattr(steps, "kernel_split", lambda *args: parts)
+    row = step_row(job("standard"))
+    assert (row.status, row.attention_us, row.step_kernels) == ("ok", None, "9 product bmm")
+    assert row.reason == "not split: no kernel is named for attention"
+
+
+def test_kernels_that_are_no_list_are_named():
+    with pytest.raises(ValueError, match="step_kernels is '1 product', not lists of us, kind"):
+        by_kind("1 product")
+
+
+@pytest.mark.parametrize(("world", "split"), [(World(), Parts(3.0, 4.0)), (World(0, 2), None)])
 def test_one_process_alone_is_split(monkeypatch, world, split):
     """Of several, each would count what it waits for the others in kernels."""
     monkeypatch.setattr(World, "_reduced", lambda self, values, device, by: list(values))
@@ -145,4 +160,4 @@ def test_one_process_alone_is_split(monkeypatch, world, split):
     monkeypatch.setattr(steps, "kernel_split", lambda *args: split)
     row = steps.run_job(job("identity", "identity"), world, lambda text: None)[-1]
     assert (row.status, row.world_size) == ("ok", world.size)
-    assert (row.attention_us, row.other_us) == (split or Split())[:2]
+    assert (row.attention_us, row.other_us) == (split or Parts())[:2]

@@ -253,7 +253,9 @@ def test_an_interrupt_while_torch_is_imported_leaves_no_traceback():
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     with process:
+        deadline = time.monotonic() + 120
         while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == ""

@@ -34,7 +34,7 @@ def test_what_cannot_be_right_or_is_not_known_well_is_said(capsys):
     (line,) = said(replace(dense, ci_high_us=150.0))
     assert line.startswith("warning: 1 medians are known to worse than 5%")
     (line,) = said(replace(dense, samples_us="99;100;101"))
-    assert line.startswith("warning: 1 medians are of fewer than 8 steps")
+    assert line.startswith("warning: 1 medians are of fewer than 8 samples")
 
 
 def test_what_rich_reads_as_markup_is_printed_as_it_is(capsys):

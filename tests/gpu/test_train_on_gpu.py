@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.derived import by_kind
 from bench.models import MODELS, Model
 from bench.steps import World, run_job
 from tests.bench.training import job
@@ -47,6 +48,9 @@ def test_a_step_is_timed_and_split(method, backend, compiled):
     assert row.peak_bytes > 2 * row.parameters and row.matmul_tflop_s > 0
     assert row.other_us > 0
     assert (row.attention_us > 0) == (method != "identity")
+    kinds = by_kind(row.step_kernels)
+    assert kinds["product"] > 0 and kinds["optimizer"] > 0
+    assert 0 < kinds.total() < 1.1 * (row.attention_us + row.other_us)
 
 
 def test_a_mixture_of_experts_trains_with_flex_inside_layers_that_recompute():
