@@ -15,7 +15,7 @@ from bench.derived import FLOPS_PER_PAIR, by_kind, compare
 from bench.paper import MICRO_BENCHMARK
 from bench.readme_proofs import device_spread, host_spread, sweep_seconds, sweeps
 from bench.record import ROOT, read_rows
-from bench.trainings import SPLIT, missed, quotient, trainings
+from bench.trainings import SPLIT, missed, quotient, scaling, trainings
 from methods import METHODS
 from tests.gpu.matrix import DTYPES, HEAD_DIMS, PHASES, SHAPES
 from tests.kills import KINDS
@@ -291,6 +291,16 @@ def test_the_rest_of_a_long_step_is_shorter_at_a_higher_clock():
     for n, least in ((8192, 0.8), (32768, 0.85)):
         clocks, rest = zip(*((x.sm_mhz, x.other_us) for x in rows if x.seq_len == n), strict=True)
         assert len(clocks) == 20 and correlation(clocks, rest) < -least
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("table2", 0.94, 0.97), ("olmoe_small", 0.78, 0.87)]
+)
+def test_how_two_gpus_scale(name, low, high):
+    rows = read_rows(H200 / f"train_{name}.csv")
+    found = [share.y for row in rows if row.phase == "step" and (share := scaling(row, rows))]
+    assert len(found) >= 4
+    assert (round(min(found), 2), round(max(found), 2)) == (low, high)
 
 
 def names(row, kind):
