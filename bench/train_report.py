@@ -43,7 +43,7 @@ LEGEND = {
     "zero\ncost": "what attention that costs nothing would give",
     "% of\nmatmul": "the model's FLOPs over what a large matrix product reaches on this chip",
     "attention": "its kernels' share of the step, by their names, so that what is copied for a "
-    "kernel, as it is on every backend outside the compiled graph, counts as the rest",
+    "kernel, as it can be on backends outside the compiled graph, counts as the rest",
     "products": "the share of matrix products that are no attention's, likewise",
     "loss": "of the last timed step",
     "scaling": "tokens/s over those of one process times processes",
